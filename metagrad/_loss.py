@@ -1,0 +1,116 @@
+"""The training loss of a step: weights on examples, micro-batches, and the checks of what a loss returns."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metagrad._tree import describe, map_tensors, tensor_leaves
+from metagrad._types import Batches, ExampleLoss, NonFiniteError, Params, Scalar, Tree
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """`loss` with every example's loss multiplied by its own weight; made by `weighted`."""
+
+    loss: ExampleLoss
+
+    def __call__(self, params: Params, batch: Tree, meta: Tree) -> Float[Tensor, " examples"]:
+        weights: Tensor = meta["weights"]
+        return weights[batch["index"]] * self.loss(params, batch)
+
+    def validate(self, batches: Batches, meta: Tree) -> None:
+        """Check before any training that every example has a weight.
+
+        Raises:
+            ValueError: naming the highest index used.
+        """
+        weights = meta["weights"] if isinstance(meta, dict) and "weights" in meta else None
+        if not isinstance(weights, Tensor) or weights.ndim != 1 or not weights.is_floating_point():
+            raise ValueError(
+                f"`mg.weighted` reads meta['weights'], a 1-dimensional floating-point tensor, but got "
+                f"{describe(meta if weights is None else weights)}. "
+                "Pass meta={'weights': torch.ones(num_examples)}."
+            )
+        lowest, highest = 0, -1
+        for step in range(len(batches)):
+            batch = batches[step]
+            if not isinstance(batch, dict) or not isinstance(batch.get("index"), Tensor):
+                raise ValueError(
+                    f"`mg.weighted` reads batch['index'], the index of each example's weight, but batch {step} is "
+                    f"{describe(batch)}. Add an integer tensor of shape (examples,) under the key 'index'."
+                )
+            lowest, highest = min(lowest, int(batch["index"].min())), max(highest, int(batch["index"].max()))
+        if lowest < 0:
+            raise ValueError(f"a batch refers to example {lowest}. Indices count from 0.")
+        if highest >= len(weights):
+            raise ValueError(
+                f"`weights` has {len(weights)} entries, but a batch refers to example {highest}. "
+                f"Pass one weight per training example: shape ({highest + 1},) or longer."
+            )
+
+
+def weighted(loss: ExampleLoss) -> WeightedLoss:
+    """`loss(params, batch)` times `meta["weights"][batch["index"]]`, example by example.
+
+    The step takes the mean over the batch of weight times loss; the weights are not normalised.
+    """
+    return WeightedLoss(loss)
+
+
+class Piece(NamedTuple):
+    """A micro-batch: its examples, how many they are, and how many the whole batch has; None where nothing is cut."""
+
+    batch: Tree
+    num_examples: int | None
+    num_total: int | None
+
+
+def cut(batch: Tree, microbatch_size: int | None) -> Iterator[Piece]:
+    """The micro-batches of `batch`, in order.
+
+    Raises:
+        ValueError: if the tensors of the batch cannot be cut along a common first axis.
+    """
+    if microbatch_size is None:
+        yield Piece(batch, None, None)
+        return
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in tensor_leaves(batch)}
+    if len(lengths) != 1 or 0 in lengths:
+        raise ValueError(
+            f"`microbatch_size={microbatch_size}` cuts every tensor of a batch along its first axis, but the batch is "
+            f"{describe(batch)}. Give all tensors one entry per example, or pass microbatch_size=None."
+        )
+    num_total = lengths.pop()
+    for start in range(0, num_total, microbatch_size):
+        rows = slice(start, min(start + microbatch_size, num_total))
+        yield Piece(map_tensors(itemgetter(rows), batch), rows.stop - start, num_total)
+
+
+def mean_share(losses: Tensor, piece: Piece, step: int) -> Scalar:
+    """The part of the batch's mean loss that comes from the `losses` of one piece.
+
+    Raises:
+        ValueError: if `losses` is neither one loss per example nor, for an uncut batch, a scalar.
+        NonFiniteError: if a loss is NaN or infinite.
+    """
+    shape = tuple(losses.shape)
+    if piece.num_examples is not None and losses.ndim == 0:
+        raise ValueError(
+            "the loss is a scalar, so its batch cannot be cut, but `microbatch_size` was given. Return one loss per "
+            "example, or pass microbatch_size=None."
+        )
+    if losses.ndim > 1 or losses.numel() == 0 or piece.num_examples not in (None, losses.numel()):
+        expected = "(examples,)" if piece.num_examples is None else f"({piece.num_examples},)"
+        raise ValueError(f"the loss has shape {shape}. Return one loss per example, shape {expected}, or a scalar.")
+    if not bool(torch.isfinite(losses).all()):
+        raise NonFiniteError(
+            f"the training loss is not finite at step {step}: {int(losses.isnan().sum())} NaN and "
+            f"{int(losses.isinf().sum())} infinite of {losses.numel()} values. Look at that batch, lower the learning "
+            "rate, or set `clip_norm`."
+        )
+    return losses if losses.ndim == 0 else losses.sum() / (piece.num_total or len(losses))

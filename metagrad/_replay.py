@@ -1,0 +1,113 @@
+"""Training forward, and the same training backward: a plan's actions carried out on states."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from metagrad._schedule import Action, Drop, Load, Plan, Reverse, Run, Save
+from metagrad._store import Store
+from metagrad._tree import all_finite, differentiable, floating_leaves, tensor_leaves, tensor_names
+from metagrad._types import Batches, NonFiniteError, State, Step, Tree
+
+
+class Gradients(NamedTuple):
+    """dΦ of the floating-point leaves of the initial state (None unless asked for) and of `meta`."""
+
+    state: list[Tensor] | None
+    meta: list[Tensor]
+
+
+@dataclass
+class Replay:
+    """One training run that can be walked back once.
+
+    Attributes:
+        evaluations: plain step evaluations so far.
+        reversals: steps reversed so far.
+    """
+
+    step: Step
+    batches: Batches
+    meta: Tree
+    plan: Plan
+    store: Store
+    progress: bool
+    evaluations: int = field(default=0, init=False)
+    reversals: int = field(default=0, init=False)
+
+    def forward(self, state: State) -> State:
+        """The state after the last step, with what the plan asks for kept in the store."""
+        with tqdm(total=self.plan.cost.forward, desc="train", unit="step", disable=not self.progress) as bar:
+            for action in self.plan.forward:
+                state = self._move(action, state, bar)
+        return state
+
+    def reverse(self, state: State, cotangent: Sequence[Tensor], *, wrt_params: bool) -> Gradients:
+        """Pull `cotangent`, that of the last `state`, back through every step, last to first.
+
+        Raises:
+            NonFiniteError: naming the step and the tensors whose cotangent is not finite.
+            RuntimeError: at a second call; the kept states are gone.
+        """
+        if self.reversals > 0:
+            raise RuntimeError(
+                "this training run was already walked back, and its kept states are gone. Call backward once per "
+                "`mg.train` (sum several losses first), or train again."
+            )
+        total = [torch.zeros_like(leaf) for leaf in floating_leaves(self.meta)]
+        carried: list[Tensor] | None = list(cotangent)
+        evaluations = self.plan.cost.replayed + self.plan.cost.reversed
+        with tqdm(total=evaluations, desc="replay", unit="step", disable=not self.progress) as bar:
+            for action in self.plan.reverse:
+                if not isinstance(action, Reverse):
+                    state = self._move(action, state, bar)
+                    continue
+                assert carried is not None and state.step == action.step
+                # Step 0 needs no cotangent of its own state unless the initial parameters are to have a gradient.
+                carried, meta = self.step.pullback(
+                    state, self.batches[action.step], self.meta, carried, wrt_state=wrt_params or action.step > 0
+                )
+                _check_finite(action.step, state, self.meta, carried, meta)
+                total = [a + b for a, b in zip(total, meta, strict=True)]
+                self.reversals += 1
+                bar.update()
+        return Gradients(carried, total)
+
+    def _move(self, action: Action, state: State, bar: tqdm) -> State:
+        match action:
+            case Save():
+                self.store.put(state)
+            case Load(step):
+                state = self.store.get(step)
+            case Drop(step):
+                self.store.drop(step)
+            case Run(start, stop):
+                for t in range(start, stop):
+                    assert state.step == t
+                    # No graph between steps: each step is differentiated by its own pullback.
+                    with torch.no_grad():
+                        state = self.step(state, self.batches[t], self.meta)
+                    self.evaluations += 1
+                    bar.update()
+        return state
+
+
+def _check_finite(
+    step: int, state: State, meta: Tree, state_cotangent: list[Tensor] | None, meta_cotangent: list[Tensor]
+) -> None:
+    for what, tree, cotangent in (
+        ("state", differentiable(state), state_cotangent or []),
+        ("metaparameter", meta, meta_cotangent),
+    ):
+        if not all_finite(cotangent):
+            leaves = zip(tensor_names(tree), tensor_leaves(tree), strict=True)
+            floating = [name for name, leaf in leaves if leaf.is_floating_point()]
+            names = [name for name, c in zip(floating, cotangent, strict=True) if not all_finite([c])]
+            raise NonFiniteError(
+                f"the {what} cotangent is not finite at step {step} in {', '.join(names)}. The run itself is finite; "
+                "its derivative is not. With Adam, raise `eps_root`: see docs/stability.md."
+            )

@@ -1,0 +1,258 @@
+"""One training step, θ ↦ U(θ, ∇L(θ)), and its pullback. Everything that defines the step is in the step."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TypeAlias
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+import torchopt
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torchopt.base import GradientTransformation
+
+from metagrad._curvature import as_duals, pull_directional, pull_gradient
+from metagrad._loss import WeightedLoss, cut, mean_share
+from metagrad._tree import describe, floating_leaves, independent, tensor_leaves, with_floating_leaves
+from metagrad._types import Batches, Loss, Params, Pullback, Scalar, State, Tree
+from metagrad.optim import clip
+
+Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransformation]
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """Mean loss of a batch, its gradient, clipping, the optimizer's update: one pure step.
+
+    Args:
+        loss: `loss(params, batch, meta)` → one loss per example, of which the step takes the mean over the whole
+            batch, or one scalar.
+        optimizer: a TorchOpt gradient transformation, or a function of `meta` that returns one.
+        microbatch_size: examples differentiated at a time. Same gradient up to rounding, less memory; every tensor
+            of a batch is then cut along its first axis. None: the whole batch at once.
+        clip_norm: upper bound of the gradient's global L2 norm, differentiated; the formula is that of
+            `torch.nn.utils.clip_grad_norm_`.
+        seed: start of the random numbers that the loss may draw (dropout). They are part of the state, so a replay
+            draws the same; the generator of the caller is left as it was.
+
+    Raises:
+        ValueError: for a `microbatch_size` or a `clip_norm` that is not positive.
+
+    Note:
+        Attention runs on torch's math kernel: the fused ones have no second derivative.
+    """
+
+    loss: Loss
+    optimizer: Optimizer
+    microbatch_size: int | None = None
+    clip_norm: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.microbatch_size is not None and self.microbatch_size < 1:
+            raise ValueError(
+                f"`microbatch_size` is {self.microbatch_size}. Pass at least 1, or None for the whole batch."
+            )
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"`clip_norm` is {self.clip_norm}. Pass a norm above 0, or None not to clip.")
+
+    def init(self, params: Mapping[str, Tensor] | torch.nn.Module, meta: Tree) -> State:
+        """The state before step 0: copies of the parameters and buffers, a fresh optimizer, seeded randomness.
+
+        A module gives its trainable parameters and all buffers, tied ones once; its frozen parameters stay inside it.
+
+        Raises:
+            ValueError: if there is nothing to train, or an entry is not a floating-point tensor.
+        """
+        if isinstance(params, torch.nn.Module):
+            buffers = dict(params.named_buffers())
+            params = {name: p for name, p in params.named_parameters() if p.requires_grad}
+        else:
+            buffers = {}
+        if not params:
+            raise ValueError("there are no parameters to train: pass a non-empty dict, or a module that is not frozen.")
+        for name, value in params.items():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                raise ValueError(
+                    f"parameter {name!r} is {describe(value)}, but only floating-point tensors can be trained. "
+                    "Leave it out of `params`."
+                )
+        # Copies: what the caller does to the model between the run and its replay must not reach the replay.
+        own: Params = independent({name: params[name] for name in sorted(params)})
+        devices = _cuda_devices(own)
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self.seed)
+            rng = _read_rng(devices)
+        return State(own, independent(buffers), self._transformation(meta).init(own), rng, step=0)
+
+    def validate(self, batches: Batches, meta: Tree) -> None:
+        """Check all batches before any training.
+
+        Raises:
+            ValueError: for no batches, an empty batch, or weights that do not fit the batches.
+        """
+        if len(batches) == 0:
+            raise ValueError("`batches` is empty: there is no step to train. Pass at least one batch.")
+        for step in range(len(batches)):
+            if any(leaf.numel() == 0 for leaf in tensor_leaves(batches[step])):
+                raise ValueError(
+                    f"batch {step} holds no examples ({describe(batches[step])}). Leave empty batches out."
+                )
+        if isinstance(self.loss, WeightedLoss):
+            self.loss.validate(batches, meta)
+
+    def __call__(self, state: State, batch: Tree, meta: Tree) -> State:
+        """The state after one step on `batch`. With gradients enabled the result keeps its graph, otherwise not.
+
+        Raises:
+            NonFiniteError: if the loss is NaN or infinite.
+            ValueError: if the loss has the wrong shape or does not depend on the parameters.
+        """
+        keep_graph = torch.is_grad_enabled()
+        # Without a graph the parameters are fresh leaves: whatever produced them is not differentiated here.
+        params = {
+            name: value if keep_graph and value.requires_grad else value.detach().requires_grad_()
+            for name, value in state.params.items()
+        }
+        gradient, buffers, rng = self._sum_over_pieces(
+            lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
+        )
+        new_params, optimizer = self._update(gradient, state.optimizer, params if keep_graph else state.params, meta)
+        return State(new_params, buffers, optimizer, rng, state.step + 1)
+
+    def pullback(
+        self, state: State, batch: Tree, meta: Tree, cotangent: Sequence[Tensor], *, wrt_state: bool
+    ) -> Pullback:
+        """The cotangents of `state` and `meta`, given that of the state after the step (docs/theory.md, eq. 4–6).
+
+        Without `wrt_state` no Hessian product is formed; if besides the loss is `weighted`, one forward-mode pass
+        replaces the second backward.
+
+        Cost: 9 forward passes (12 with micro-batches); 6 or fewer where only weights are asked for.
+        """
+        # Fresh leaves: the cotangent already carries everything that comes after this step.
+        params, optimizer, meta = _fresh(state.params), _fresh(state.optimizer), _fresh(meta)
+        param_leaves, optimizer_leaves, meta_leaves = map(floating_leaves, (params, optimizer, meta))
+        forward_mode = not wrt_state and isinstance(self.loss, WeightedLoss)
+        keep_graph = self.microbatch_size is None and not forward_mode
+        gradient, _, _ = self._sum_over_pieces(
+            lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
+        )
+
+        # eq. 4: through the update, to the gradient (γ) and to everything the update reads directly.
+        # Detached: the gradient's own graph is pulled back below.
+        leaves = [g.detach().requires_grad_() for g in gradient]
+        with torch.enable_grad():
+            update = self._update(leaves, optimizer, params, meta)
+        sources = (leaves, param_leaves, optimizer_leaves, meta_leaves)
+        gamma, to_params, to_optimizer, to_meta = _pull_each(floating_leaves(update), sources, cotangent)
+
+        # eq. 5 and 6: through the gradient, to the parameters (Hγ) and to meta.
+        inputs = (param_leaves if wrt_state else [], meta_leaves)
+        if keep_graph:
+            hessian, mixed = _pull_each(gradient, inputs, gamma)
+        elif forward_mode:
+            hessian = []
+            with forward_ad.dual_level():
+                mixed, _, _ = self._sum_over_pieces(
+                    lambda loss: pull_directional(loss, meta_leaves), as_duals(params, gamma), state, batch, meta
+                )
+        else:
+            flat = [*inputs[0], *meta_leaves]
+            second, _, _ = self._sum_over_pieces(
+                lambda loss: pull_gradient(_gradient(loss, params, True), flat, gamma), params, state, batch, meta
+            )
+            hessian, mixed = second[: len(inputs[0])], second[len(inputs[0]) :]
+
+        meta_cotangent = [a + b for a, b in zip(to_meta, mixed, strict=True)]
+        if not wrt_state:
+            return Pullback(None, meta_cotangent)
+        return Pullback([*(a + b for a, b in zip(to_params, hessian, strict=True)), *to_optimizer], meta_cotangent)
+
+    def _sum_over_pieces(
+        self,
+        contribution: Callable[[Scalar], list[Tensor]],
+        params: Params,
+        state: State,
+        batch: Tree,
+        meta: Tree,
+    ) -> tuple[list[Tensor], Params, tuple[Tensor, ...]]:
+        """`contribution` of each micro-batch's share of the mean loss, summed; then the buffers and randomness after.
+
+        Buffers and random numbers start from the state at every call, so each pass over a batch sees the same.
+        """
+        devices = _cuda_devices(state.params)
+        # Cloned: modules update their buffers in place, and the state is a value.
+        buffers = {name: value.clone() for name, value in state.buffers.items()}
+        total: list[Tensor] = []
+        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            _write_rng(state.rng, devices)
+            for piece in cut(batch, self.microbatch_size):
+                variables = {**params, **buffers}
+                share = mean_share(self.loss(variables, piece.batch, meta), piece, state.step)
+                buffers = {name: _new_buffer(name, variables[name]) for name in buffers}
+                new = contribution(share)
+                total = [a + b for a, b in zip(total, new, strict=True)] if total else new
+            return total, buffers, _read_rng(devices)
+
+    def _update(self, gradient: Sequence[Tensor], optimizer: Tree, params: Params, meta: Tree) -> tuple[Params, Tree]:
+        """Parameters and optimizer state after the update by `gradient` (in the order of `params`)."""
+        updates, new_optimizer = self._transformation(meta).update(
+            dict(zip(params, gradient, strict=True)), optimizer, params=params, inplace=False
+        )
+        return torchopt.apply_updates(params, updates, inplace=False), new_optimizer
+
+    def _transformation(self, meta: Tree) -> GradientTransformation:
+        chosen = self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta)
+        return chosen if self.clip_norm is None else torchopt.chain(clip(self.clip_norm), chosen)
+
+
+def _gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor]:
+    """∇_θ loss in the order of `params`; zeros for parameters it does not use."""
+    if not loss.requires_grad:
+        raise ValueError(
+            "the loss does not depend on the parameters. Use the `params` it is given: "
+            "torch.func.functional_call(model, params, ...), not model(...)."
+        )
+    return list(
+        torch.autograd.grad(
+            loss, list(params.values()), create_graph=keep_graph, allow_unused=True, materialize_grads=True
+        )
+    )
+
+
+def _pull_each(
+    outputs: Sequence[Tensor], groups: Sequence[Sequence[Tensor]], cotangent: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """`pull_gradient` to several groups of inputs at once, one list for each."""
+    pulled = iter(pull_gradient(outputs, [leaf for group in groups for leaf in group], cotangent))
+    return [list(islice(pulled, len(group))) for group in groups]
+
+
+def _new_buffer(name: str, value: Tensor) -> Tensor:
+    if value.requires_grad:
+        raise ValueError(
+            f"the loss wrote a differentiable value into buffer {name!r}; buffers are carried as constants. "
+            "Detach it in the module, or make it a parameter."
+        )
+    return value
+
+
+def _fresh(tree: Tree) -> Tree:
+    """`tree` with floating-point leaves cut from any graph and ready to be differentiated."""
+    return with_floating_leaves(tree, [leaf.detach().requires_grad_() for leaf in floating_leaves(tree)])
+
+
+def _cuda_devices(params: Params) -> list[int]:
+    return sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
+
+
+def _read_rng(devices: list[int]) -> tuple[Tensor, ...]:
+    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices))
+
+
+def _write_rng(states: tuple[Tensor, ...], devices: list[int]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,80 @@
+"""Trees of tensors, seen as the flat list of their floating-point leaves."""
+
+from collections.abc import Callable, Iterable
+
+import optree
+import torch
+from torch import Tensor
+
+from metagrad._types import State, Tree
+
+
+def tensor_leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of `tree`, in a fixed order."""
+    return [leaf for leaf in optree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def floating_leaves(tree: Tree) -> list[Tensor]:
+    """The tensors of `tree` that can carry a gradient, in a fixed order."""
+    return [leaf for leaf in tensor_leaves(tree) if leaf.is_floating_point()]
+
+
+def tensor_names(tree: Tree) -> list[str]:
+    """A readable name for each of `tensor_leaves(tree)`."""
+    paths, leaves, _ = optree.tree_flatten_with_path(tree)
+    named = zip(paths, leaves, strict=True)
+    return [".".join(str(key) for key in path) for path, leaf in named if isinstance(leaf, Tensor)]
+
+
+def with_floating_leaves(tree: Tree, values: Iterable[Tensor | None], *, keep_others: bool = True) -> Tree:
+    """`tree` with its floating-point leaves replaced by `values`; the other leaves kept, or made None."""
+    replacement = iter(values)
+    return optree.tree_map(
+        lambda leaf: (
+            next(replacement)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+            else (leaf if keep_others else None)
+        ),
+        tree,
+    )
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """`tree` with `function` applied to every tensor."""
+    return optree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def independent(tree: Tree) -> Tree:
+    """A copy that shares neither storage nor graph with `tree`, so that nobody can change it later."""
+    return map_tensors(lambda leaf: leaf.detach().clone(), tree)
+
+
+def differentiable(state: State) -> tuple[Tree, Tree]:
+    """The part of a state that carries a cotangent: parameters, then optimizer state."""
+    return (state.params, state.optimizer)
+
+
+def num_bytes(tree: Tree) -> int:
+    """Bytes of all tensors of `tree`."""
+    return sum(leaf.nbytes for leaf in tensor_leaves(tree))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry of any tensor is NaN or infinite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def describe(value: Tree) -> str:
+    """What a user passed, in a few words: keys and shapes rather than numbers."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {tuple(value.shape)}".replace("torch.", "")
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {describe(entry)}" for key, entry in value.items()) + "}"
+    return f"a {type(value).__name__}"
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit: a NaN equals itself, and 0.0 does not equal -0.0."""
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)))
