@@ -26,9 +26,12 @@ def pull_gradient(gradient: Sequence[Tensor], inputs: Sequence[Tensor], gamma: S
 
 
 def as_duals(params: Params, gamma: Sequence[Tensor]) -> Params:
-    """`params` as dual numbers with tangent γ; call inside `forward_ad.dual_level()`."""
+    """`params` as dual numbers with tangent γ; call inside `forward_ad.dual_level()`.
+
+    A parameter whose γ is exactly zero stays a plain tensor: what depends on no other costs a forward pass only.
+    """
     return {
-        name: forward_ad.make_dual(value.detach(), tangent)
+        name: forward_ad.make_dual(value.detach(), tangent) if tangent.any() else value.detach()
         for (name, value), tangent in zip(params.items(), gamma, strict=True)
     }
 

@@ -71,11 +71,11 @@ def metagradient(
     meta = _checked(step, batches, meta)
     initial = step.init(params, meta)
     evaluate(metric, initial, initial)  # A metric that cannot be differentiated is reported before any training.
-    replay = Replay(step, batches, meta, schedule.plan(len(batches)), store or RamStore(), progress)
+    replay = Replay(step, batches, meta, schedule.plan(len(batches)), store or RamStore(), wrt_params, progress)
     state = replay.forward(initial)
     num_forward = replay.evaluations
     value, cotangent = evaluate(metric, state, initial)
-    gradients = replay.reverse(state, cotangent, wrt_params=wrt_params)
+    gradients = replay.reverse(state, cotangent)
     replayed = replay.evaluations - num_forward
     return Result(
         value=value,
@@ -116,10 +116,11 @@ def train(
     own = independent(_checked(step, batches, meta))
     initial = step.init(params, own)
     named = dict(params.named_parameters()) if isinstance(params, nn.Module) else params
-    replay = Replay(step, batches, own, schedule.plan(len(batches)), store or RamStore(), progress)
+    starts = [named[name] for name in initial.params]
+    wrt_params = any(start.requires_grad for start in starts)
+    replay = Replay(step, batches, own, schedule.plan(len(batches)), store or RamStore(), wrt_params, progress)
     run = _Run(replay, initial)
-    leaves = [*(named[name] for name in initial.params), *floating_leaves(meta)]
-    outputs = _Training.apply(run, *leaves)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    outputs = _Training.apply(run, *starts, *floating_leaves(meta))  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     assert run.final is not None
     return run.final._replace(params=dict(zip(initial.params, outputs, strict=True)))
 
@@ -150,8 +151,7 @@ class _Training(torch.autograd.Function):
         assert run.final is not None
         # The optimizer state came back detached, so nothing downstream can have given it a cotangent.
         unused = [torch.zeros_like(leaf) for leaf in floating_leaves(run.final.optimizer)]
-        wrt_params = any(ctx.needs_input_grad[1 : 1 + num_params])
-        gradients = run.replay.reverse(run.final, [*grads, *unused], wrt_params=wrt_params)
+        gradients = run.replay.reverse(run.final, [*grads, *unused])
         initial = gradients.state[:num_params] if gradients.state is not None else [None] * num_params
         return (None, *initial, *gradients.meta)
 

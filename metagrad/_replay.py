@@ -11,7 +11,7 @@ from tqdm import tqdm
 from metagrad._schedule import Action, Drop, Load, Plan, Reverse, Run, Save
 from metagrad._store import Store
 from metagrad._tree import all_finite, differentiable, floating_leaves, tensor_leaves, tensor_names
-from metagrad._types import Batches, NonFiniteError, State, Step, Tree
+from metagrad._types import Batches, NonFiniteError, Pull, State, Step, Tree
 
 
 class Gradients(NamedTuple):
@@ -26,6 +26,8 @@ class Replay:
     """One training run that can be walked back once.
 
     Attributes:
+        wrt_params: whether the initial parameters are to have a gradient.
+        last_pull: the last step's pullback, made by the forward run where the plan keeps the state it belongs to.
         evaluations: plain step evaluations so far.
         reversals: steps reversed so far.
     """
@@ -35,7 +37,9 @@ class Replay:
     meta: Tree
     plan: Plan
     store: Store
+    wrt_params: bool
     progress: bool
+    last_pull: Pull | None = field(default=None, init=False)
     evaluations: int = field(default=0, init=False)
     reversals: int = field(default=0, init=False)
 
@@ -46,7 +50,7 @@ class Replay:
                 state = self._move(action, state, bar)
         return state
 
-    def reverse(self, state: State, cotangent: Sequence[Tensor], *, wrt_params: bool) -> Gradients:
+    def reverse(self, state: State, cotangent: Sequence[Tensor]) -> Gradients:
         """Pull `cotangent`, that of the last `state`, back through every step, last to first.
 
         Raises:
@@ -67,10 +71,8 @@ class Replay:
                     state = self._move(action, state, bar)
                     continue
                 assert carried is not None and state.step == action.step
-                # Step 0 needs no cotangent of its own state unless the initial parameters are to have a gradient.
-                carried, meta = self.step.pullback(
-                    state, self.batches[action.step], self.meta, carried, wrt_state=wrt_params or action.step > 0
-                )
+                pull, self.last_pull = self.last_pull or self._linearize(state)[1], None
+                carried, meta = pull(carried)
                 _check_finite(action.step, state, self.meta, carried, meta)
                 total = [a + b for a, b in zip(total, meta, strict=True)]
                 self.reversals += 1
@@ -88,12 +90,21 @@ class Replay:
             case Run(start, stop):
                 for t in range(start, stop):
                     assert state.step == t
-                    # No graph between steps: each step is differentiated by its own pullback.
-                    with torch.no_grad():
-                        state = self.step(state, self.batches[t], self.meta)
+                    if t == len(self.batches) - 1 and self.plan.reverse[0] == Load(t):
+                        # This very step is reversed next: its gradient is computed once, for both.
+                        state, self.last_pull = self._linearize(state)
+                    else:
+                        # No graph between steps: each step is differentiated by its own pullback.
+                        with torch.no_grad():
+                            state = self.step(state, self.batches[t], self.meta)
                     self.evaluations += 1
                     bar.update()
         return state
+
+    def _linearize(self, state: State) -> tuple[State, Pull]:
+        # Step 0 needs no cotangent of its own state unless the initial parameters are to have a gradient.
+        wrt_state = self.wrt_params or state.step > 0
+        return self.step.vjp(state, self.batches[state.step], self.meta, wrt_state=wrt_state)
 
 
 def _check_finite(

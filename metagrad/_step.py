@@ -14,8 +14,8 @@ from torchopt.base import GradientTransformation
 
 from metagrad._curvature import as_duals, pull_directional, pull_gradient
 from metagrad._loss import WeightedLoss, cut, mean_share
-from metagrad._tree import describe, floating_leaves, independent, tensor_leaves, with_floating_leaves
-from metagrad._types import Batches, Loss, Params, Pullback, Scalar, State, Tree
+from metagrad._tree import describe, detached, floating_leaves, independent, tensor_leaves, with_floating_leaves
+from metagrad._types import Batches, Loss, Params, Pull, Pullback, Scalar, State, Tree
 from metagrad.optim import clip
 
 Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransformation]
@@ -121,54 +121,56 @@ class TrainStep:
         new_params, optimizer = self._update(gradient, state.optimizer, params if keep_graph else state.params, meta)
         return State(new_params, buffers, optimizer, rng, state.step + 1)
 
-    def pullback(
-        self, state: State, batch: Tree, meta: Tree, cotangent: Sequence[Tensor], *, wrt_state: bool
-    ) -> Pullback:
-        """The cotangents of `state` and `meta`, given that of the state after the step (docs/theory.md, eq. 4–6).
+    def vjp(self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool) -> tuple[State, Pull]:
+        """The state after one step on `batch`, and the map that pulls its cotangent back (docs/theory.md, eq. 4–6).
 
         Without `wrt_state` no Hessian product is formed; if besides the loss is `weighted`, one forward-mode pass
-        replaces the second backward.
+        replaces the second backward. The map can be used once.
 
-        Cost: 9 forward passes (12 with micro-batches); 6 or fewer where only weights are asked for.
+        Cost: 9 forward passes in all (12 with micro-batches); at most 6 where only weights are asked for.
         """
-        # Fresh leaves: the cotangent already carries everything that comes after this step.
+        # Fresh leaves: the cotangent will carry everything that comes after this step.
         params, optimizer, meta = _fresh(state.params), _fresh(state.optimizer), _fresh(meta)
         param_leaves, optimizer_leaves, meta_leaves = map(floating_leaves, (params, optimizer, meta))
         forward_mode = not wrt_state and isinstance(self.loss, WeightedLoss)
         keep_graph = self.microbatch_size is None and not forward_mode
-        gradient, _, _ = self._sum_over_pieces(
+        gradient, buffers, rng = self._sum_over_pieces(
             lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
         )
-
-        # eq. 4: through the update, to the gradient (γ) and to everything the update reads directly.
-        # Detached: the gradient's own graph is pulled back below.
+        # Detached: the update is pulled back first, the gradient's own graph after it.
         leaves = [g.detach().requires_grad_() for g in gradient]
         with torch.enable_grad():
             update = self._update(leaves, optimizer, params, meta)
-        sources = (leaves, param_leaves, optimizer_leaves, meta_leaves)
-        gamma, to_params, to_optimizer, to_meta = _pull_each(floating_leaves(update), sources, cotangent)
 
-        # eq. 5 and 6: through the gradient, to the parameters (Hγ) and to meta.
-        inputs = (param_leaves if wrt_state else [], meta_leaves)
-        if keep_graph:
-            hessian, mixed = _pull_each(gradient, inputs, gamma)
-        elif forward_mode:
-            hessian = []
-            with forward_ad.dual_level():
-                mixed, _, _ = self._sum_over_pieces(
-                    lambda loss: pull_directional(loss, meta_leaves), as_duals(params, gamma), state, batch, meta
+        def pull(cotangent: Sequence[Tensor]) -> Pullback:
+            # eq. 4: through the update, to the gradient (γ) and to everything the update reads directly.
+            sources = (leaves, param_leaves, optimizer_leaves, meta_leaves)
+            gamma, to_params, to_optimizer, to_meta = _pull_each(floating_leaves(update), sources, cotangent)
+
+            # eq. 5 and 6: through the gradient, to the parameters (Hγ) and to meta.
+            inputs = (param_leaves if wrt_state else [], meta_leaves)
+            if keep_graph:
+                hessian, mixed = _pull_each(gradient, inputs, gamma)
+            elif forward_mode:
+                hessian = []
+                with forward_ad.dual_level():
+                    mixed, _, _ = self._sum_over_pieces(
+                        lambda loss: pull_directional(loss, meta_leaves), as_duals(params, gamma), state, batch, meta
+                    )
+            else:
+                flat = [leaf for group in inputs for leaf in group]
+                second, _, _ = self._sum_over_pieces(
+                    lambda loss: pull_gradient(_gradient(loss, params, True), flat, gamma), params, state, batch, meta
                 )
-        else:
-            flat = [*inputs[0], *meta_leaves]
-            second, _, _ = self._sum_over_pieces(
-                lambda loss: pull_gradient(_gradient(loss, params, True), flat, gamma), params, state, batch, meta
-            )
-            hessian, mixed = second[: len(inputs[0])], second[len(inputs[0]) :]
+                hessian, mixed = second[: len(inputs[0])], second[len(inputs[0]) :]
 
-        meta_cotangent = [a + b for a, b in zip(to_meta, mixed, strict=True)]
-        if not wrt_state:
-            return Pullback(None, meta_cotangent)
-        return Pullback([*(a + b for a, b in zip(to_params, hessian, strict=True)), *to_optimizer], meta_cotangent)
+            meta_cotangent = [a + b for a, b in zip(to_meta, mixed, strict=True)]
+            if not wrt_state:
+                return Pullback(None, meta_cotangent)
+            return Pullback([*(a + b for a, b in zip(to_params, hessian, strict=True)), *to_optimizer], meta_cotangent)
+
+        new_params, new_optimizer = detached(update)
+        return State(new_params, buffers, new_optimizer, rng, state.step + 1), pull
 
     def _sum_over_pieces(
         self,

@@ -44,6 +44,11 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return optree.tree_map(lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def detached(tree: Tree) -> Tree:
+    """`tree` without its graph, sharing its storage."""
+    return map_tensors(Tensor.detach, tree)
+
+
 def independent(tree: Tree) -> Tree:
     """A copy that shares neither storage nor graph with `tree`, so that nobody can change it later."""
     return map_tensors(lambda leaf: leaf.detach().clone(), tree)

@@ -1,6 +1,6 @@
 """The words of the library: what a user passes in, what comes back, and what can go wrong."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from jaxtyping import Float
@@ -52,8 +52,19 @@ class Batches(Protocol):
     def __getitem__(self, step: int, /) -> Tree: ...
 
 
+class Pullback(NamedTuple):
+    """Cotangents of a step's inputs, each in the order of `floating_leaves`; `state` is None unless asked for."""
+
+    state: list[Tensor] | None
+    meta: list[Tensor]
+
+
+Pull: TypeAlias = Callable[[Sequence[Tensor]], Pullback]
+"""From the cotangent of the state after a step to those of the step's inputs."""
+
+
 class Step(Protocol):
-    """One pure training step and its pullback: equal arguments give equal bits, nothing is changed in place."""
+    """One pure training step: equal arguments give equal bits, nothing is changed in place."""
 
     def init(self, params: Any, meta: Tree) -> State: ...
 
@@ -61,16 +72,7 @@ class Step(Protocol):
 
     def __call__(self, state: State, batch: Tree, meta: Tree) -> State: ...
 
-    def pullback(
-        self, state: State, batch: Tree, meta: Tree, cotangent: list[Tensor], *, wrt_state: bool
-    ) -> "Pullback": ...
-
-
-class Pullback(NamedTuple):
-    """Cotangents of a step's inputs, each in the order of `floating_leaves`."""
-
-    state: list[Tensor] | None
-    meta: list[Tensor]
+    def vjp(self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool) -> tuple[State, Pull]: ...
 
 
 class Stats(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metagrad._metric import by_name, evaluate
 from metagrad._tree import (
-    differentiable,
+    detached,
     floating_leaves,
     independent,
     same_bits,
@@ -125,7 +125,7 @@ def unrolled(
         value=value.detach(),
         meta=with_floating_leaves(meta, gradient[: len(leaves)], keep_others=False),
         params=by_name(starts, gradient[len(leaves) :] if wrt_params else None),
-        state=_detached(state),
+        state=detached(state),
         stats=None,
     )
 
@@ -204,10 +204,3 @@ def _compare(step: int, complaint: str, left: Tree, right: Tree) -> None:
     for name, a, b in zip(tensor_names(left), tensor_leaves(left), tensor_leaves(right), strict=True):
         if not same_bits(a, b):
             raise ReplayMismatchError(f"at step {step}, {name} {complaint}.")
-
-
-def _detached(state: State) -> State:
-    params, optimizer = with_floating_leaves(
-        differentiable(state), [leaf.detach() for leaf in floating_leaves(differentiable(state))]
-    )
-    return state._replace(params=params, optimizer=optimizer)

@@ -1,0 +1,91 @@
+"""The command line: `dpg run`, `dpg verify`, `dpg list`."""
+
+import errno
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Dataset Policy Gradients: train a generator to write the data that makes a model what you want.",
+)
+Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")]
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="Its name; `dpg list` shows them.")],
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/EXPERIMENT-SEED]")] = None,
+    generator: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")] = "embedded",
+    target: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")] = "embedded",
+    prompts: Annotated[str, typer.Option(help="Text or JSON-lines file, or a data set.")] = "embedded",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Run an experiment; writes figures, pictures, texts and the trained generator into a folder."""
+    from dataclasses import replace
+
+    from dpg.experiments import EXPERIMENTS
+    from dpg.run import run as run_experiment
+
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"there is no experiment {experiment!r}. Choose from: {', '.join(EXPERIMENTS)}.")
+    chosen = EXPERIMENTS[experiment]
+    settings = replace(chosen.settings, seed=seed, generator=generator, target=target, prompts=prompts)
+    path = out or Path("runs") / f"{experiment}-{seed}"
+    start = time.perf_counter()
+    run_experiment(chosen, settings.override(set_ or []), path, resume=resume)
+    print(f"finished in {time.perf_counter() - start:.0f} s: see {path / 'report.md'}")
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a fresh target on a run's data in the ordinary way, beside two controls."""
+    from dpg.verify import verify as verify_run
+
+    for name, accuracy, num_pixels in verify_run(path):
+        print(f"{name:<24} {round(accuracy * num_pixels)}/{num_pixels}  ({100 * accuracy:.1f} %)")
+
+
+@app.command("list")
+def list_experiments(debug: Debug = False) -> None:
+    """Show the experiments."""
+    from dpg.experiments import EXPERIMENTS
+
+    for experiment in EXPERIMENTS.values():
+        print(f"{experiment.name:<12} {experiment.goal}")
+
+
+def main() -> None:
+    """Run the command line; errors of the user's become one line on standard error."""
+    try:
+        app()
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"dpg: {_message(error)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("dpg: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _message(error: Exception) -> str:
+    """One line for a person; an error nobody foresaw says its kind and how to see more."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error.filename or 'writing the run folder'}). Free some space, then use --resume."
+    return " ".join(str(error).split()) or f"{type(error).__name__} (--debug shows where)"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The folder of a run: what is in it, written so that nothing is ever half there."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpg.loop import Checkpoint, Record
+
+
+class RunFolderError(Exception):
+    """A run folder that cannot be used as asked; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run."""
+
+    path: Path
+
+    def create(self, config: dict[str, Any], needed_bytes: int) -> None:
+        """Start a run here.
+
+        Raises:
+            RunFolderError: if something is here already, or the disk has less than `needed_bytes` free.
+        """
+        if self.path.exists() and any(self.path.iterdir()):
+            raise RunFolderError(
+                f"{self.path} is not empty. Pass --resume to continue the run in it, or another folder with --out."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.path).free
+        if free < needed_bytes:
+            raise RunFolderError(
+                f"the disk of {self.path} has {free / 1e6:.0f} MB free, and the run needs about "
+                f"{needed_bytes / 1e6:.0f} MB. Free some space, or choose another disk with --out."
+            )
+        self.write_json("config.json", config)
+
+    def reopen(self, config: dict[str, Any]) -> Checkpoint:
+        """The newest checkpoint of the run here, with its records cut back to it.
+
+        Raises:
+            RunFolderError: if there is no such run, or it was started with another configuration.
+        """
+        started = self.read_config()
+        for key in sorted({*started, *config}):
+            if started.get(key) != config.get(key):
+                raise RunFolderError(
+                    f"the run in {self.path} was started with {key} = {started.get(key)!r}, not {config.get(key)!r}. "
+                    "Resume it with the same arguments, or start another with a new --out."
+                )
+        if not (self.path / "checkpoint.pt").exists():
+            raise RunFolderError(
+                f"{self.path} holds no checkpoint: the run stopped too early. Delete it and start anew."
+            )
+        checkpoint = Checkpoint(**torch.load(self.path / "checkpoint.pt", weights_only=True))
+        kept = [line for line in self.records() if line["step"] <= checkpoint.step]
+        self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
+        return checkpoint
+
+    def read_config(self) -> dict[str, Any]:
+        """What the run was started with.
+
+        Raises:
+            RunFolderError: if there is no run here.
+        """
+        if not (self.path / "config.json").exists():
+            raise RunFolderError(f"{self.path} is not a run folder: it has no config.json.")
+        return json.loads((self.path / "config.json").read_text())
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Keep `checkpoint` in place of the one before."""
+        temporary = self.path / "checkpoint.pt.tmp"
+        torch.save(checkpoint._asdict(), temporary)
+        os.replace(temporary, self.path / "checkpoint.pt")
+
+    def record(self, record: Record) -> None:
+        """Add a line to `metrics.jsonl`."""
+        line = record._asdict() | record.measures
+        line |= {f"val/{name}": value for name, value in (record.validation or {}).items()}
+        line = {key: value for key, value in line.items() if key not in ("measures", "validation")}
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    def write_texts(self, name: str, texts: Iterable[str]) -> None:
+        """One `{"text": ...}` a line."""
+        self._replace(name, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+
+    def read_texts(self, name: str) -> list[str]:
+        """The texts of a file written by `write_texts`.
+
+        Raises:
+            RunFolderError: if the run did not get as far as writing it.
+        """
+        if not (self.path / name).exists():
+            raise RunFolderError(
+                f"{self.path} holds no {name}: the run in it is not finished. Continue it with --resume."
+            )
+        return [json.loads(line)["text"] for line in (self.path / name).read_text().splitlines()]
+
+    def write_json(self, name: str, value: Any) -> None:
+        """A JSON file a person can read."""
+        self._replace(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text file."""
+        self._replace(name, text.encode())
+
+    def _replace(self, name: str, content: bytes) -> None:
+        """Write beside, then rename: a reader sees the old file or the new one."""
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_bytes(content)
+        os.replace(temporary, self.path / name)

@@ -1,0 +1,116 @@
+"""The language model that writes the texts: batched sampling, and the log-probability of what it wrote."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Rollouts(NamedTuple):
+    """Sampled continuations; the continuations of one prompt stand together.
+
+    Attributes:
+        prompt_ids: prompts padded on the left.
+        prompt_mask: False at their padding.
+        token_ids: what was written, its end token included.
+        token_mask: False after the end token.
+        texts: what was written, decoded.
+    """
+
+    prompt_ids: Int[Tensor, "rollouts prompt"]
+    prompt_mask: Bool[Tensor, "rollouts prompt"]
+    token_ids: Int[Tensor, "rollouts tokens"]
+    token_mask: Bool[Tensor, "rollouts tokens"]
+    texts: list[str]
+
+    def rows(self, chosen: Int[Tensor, " chosen"]) -> "Rollouts":
+        """Some of the rollouts."""
+        tensors = (tensor[chosen] for tensor in self[:4])
+        return Rollouts(*tensors, [self.texts[i] for i in chosen.tolist()])
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A causal language model that continues prompts.
+
+    Args:
+        model: any Hugging Face causal language model; in evaluation mode throughout, so that sampling and training
+            see the same distribution.
+        tokenizer: the model's own.
+        max_prompt_tokens: prompts are cut to their first tokens.
+        max_new_tokens: longest continuation.
+        temperature: of the sampling distribution; log-probabilities are taken at the same temperature.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    max_prompt_tokens: int = 1024
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the generator's tokenizer has no end-of-sequence token. Set `tokenizer.eos_token`.")
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], group_size: int = 1) -> Rollouts:
+        """`group_size` continuations of every prompt, drawn with torch's global random numbers.
+
+        Raises:
+            ValueError: for a prompt without any token, naming it.
+        """
+        end = self.tokenizer.eos_token_id
+        rows = [ids[: self.max_prompt_tokens] for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
+        if empty := [prompt for prompt, ids in zip(prompts, rows, strict=True) if not ids]:
+            raise ValueError(f"prompt {empty[0]!r} holds no token. Leave empty prompts out.")
+        longest = max(map(len, rows))
+        padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids in rows], device=self.model.device)
+        lengths = torch.tensor([[len(ids)] for ids in rows], device=self.model.device)
+        mask = torch.arange(longest, device=self.model.device) >= longest - lengths
+        padded, mask = (repeat(t, "prompts tokens -> (prompts group) tokens", group=group_size) for t in (padded, mask))
+        written = self.model.generate(input_ids=padded, attention_mask=mask.long(), generation_config=self._sampling())[
+            :, longest:
+        ]
+        ended = (written == end).long()
+        alive = ended.cumsum(dim=1) - ended == 0  # Up to and including the first end token.
+        texts = self.tokenizer.batch_decode(
+            [ids[keep] for ids, keep in zip(written, alive, strict=True)], skip_special_tokens=True
+        )
+        return Rollouts(padded, mask, written, alive, texts)
+
+    def log_probs(self, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens"]:
+        """log π of every written token, given the prompt and what came before."""
+        mask = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.token_mask)], dim=1).long()
+        first = rollouts.prompt_ids.shape[1] - 1  # The position that predicts the first written token.
+        logits = self.model(
+            input_ids=torch.cat([rollouts.prompt_ids, rollouts.token_ids], dim=1),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            logits_to_keep=torch.arange(first, first + rollouts.token_ids.shape[1], device=mask.device),
+            use_cache=False,
+        ).logits
+        losses = F.cross_entropy(
+            rearrange(logits / self.temperature, "rollouts tokens vocabulary -> (rollouts tokens) vocabulary"),
+            rearrange(rollouts.token_ids, "rollouts tokens -> (rollouts tokens)"),
+            reduction="none",
+        )
+        return -rearrange(losses, "(rollouts tokens) -> rollouts tokens", rollouts=len(mask))
+
+    def _sampling(self) -> GenerationConfig:
+        # Every field that shapes the distribution is set: a model's own defaults (top_k = 50) would bias the policy.
+        return GenerationConfig(
+            do_sample=True,
+            temperature=self.temperature,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=self.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.eos_token_id,
+        )

@@ -1,0 +1,93 @@
+"""Group relative policy optimization [shao2024]: advantages within each prompt's group, clipped policy loss."""
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """How the generator is trained.
+
+    Args:
+        num_steps: GRPO steps.
+        prompts_per_step: prompts sampled at each step.
+        group_size: continuations of each prompt.
+        learning_rate: of AdamW on the generator.
+        updates_per_step: optimizer updates that share a step's rollouts.
+        clip_range: how far a token's probability ratio may move the loss.
+        kl_coefficient: weight of the penalty for leaving the initial generator; 0 keeps no copy of it.
+        max_grad_norm: of the generator's gradient.
+        normalize_groups: divide each group's advantages by their own standard deviation.
+    """
+
+    num_steps: int = 100
+    prompts_per_step: int = 64
+    group_size: int = 4
+    learning_rate: float = 1e-3
+    updates_per_step: int = 1
+    clip_range: float = 0.2
+    kl_coefficient: float = 0.0
+    max_grad_norm: float = 1.0
+    normalize_groups: bool = True
+
+    def __post_init__(self) -> None:
+        if self.group_size < 2:
+            raise ValueError(
+                f"`group_size` is {self.group_size}; an advantage compares texts of one prompt. Pass >= 2."
+            )
+        if min(self.num_steps, self.prompts_per_step, self.updates_per_step) < 1:
+            raise ValueError("`num_steps`, `prompts_per_step` and `updates_per_step` must be at least 1.")
+
+
+def group_advantages(rewards: Float[Tensor, "prompts group"], *, normalize: bool) -> Float[Tensor, "prompts group"]:
+    """Each reward minus the mean reward of its prompt, in units of the batch's spread.
+
+    Rewards are first divided by their standard deviation over the whole batch: metagradients may be as small as 1e-9,
+    and no epsilon may decide what they are worth.
+
+    Args:
+        normalize: also divide each group by its own standard deviation.
+
+    Raises:
+        ValueError: if all rewards are equal, which leaves nothing to learn from.
+    """
+    spread = rewards.std()
+    if not spread > 0:
+        raise ValueError(f"all {rewards.numel()} rewards are {float(rewards.flatten()[0])}: nothing can be learned.")
+    centred = (rewards - reduce(rewards, "prompts group -> prompts 1", "mean")) / spread
+    if not normalize:
+        return centred
+    # A group whose rewards all agree has zero advantages, whatever its scale; 1e-6 is in units of the batch's spread.
+    return centred / (centred.std(dim=1, keepdim=True) + 1e-6)
+
+
+def policy_loss(
+    log_probs: Float[Tensor, "rollouts tokens"],
+    old_log_probs: Float[Tensor, "rollouts tokens"],
+    advantages: Float[Tensor, " rollouts"],
+    mask: Bool[Tensor, "rollouts tokens"],
+    clip_range: float,
+) -> Float[Tensor, ""]:
+    """The clipped surrogate, averaged over all written tokens: −mean min(ρA, clip(ρ, 1 ± clip_range)·A)."""
+    ratio = (log_probs - old_log_probs).exp()
+    advantage = rearrange(advantages, "rollouts -> rollouts 1")
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - clip_range, 1 + clip_range) * advantage)
+    return -_token_mean(surrogate, mask)
+
+
+def kl_estimate(
+    log_probs: Float[Tensor, "rollouts tokens"],
+    reference: Float[Tensor, "rollouts tokens"],
+    mask: Bool[Tensor, "rollouts tokens"],
+) -> Float[Tensor, ""]:
+    """KL(π ‖ reference) per token, by the estimator r − 1 − log r with r = reference / π [shao2024]: never negative."""
+    log_ratio = reference - log_probs
+    return _token_mean(log_ratio.exp() - 1 - log_ratio, mask)
+
+
+def _token_mean(values: Float[Tensor, "rollouts tokens"], mask: Bool[Tensor, "rollouts tokens"]) -> Float[Tensor, ""]:
+    return (values * mask).sum() / mask.sum()

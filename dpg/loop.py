@@ -1,0 +1,203 @@
+"""Dataset Policy Gradients [thrush2026]: GRPO whose reward is a metagradient. The whole loop, top to bottom.
+
+Differences from the authors' code: rewards are the exact dΦ/dw, rescaled by their spread before the advantage; a reward
+that cannot be computed stops the run; the target's end tokens are trained and its padding never is.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+import metagrad as mg
+from dpg.generator import Generator, Rollouts
+from dpg.grpo import GrpoConfig, group_advantages, kl_estimate, policy_loss
+from dpg.metrics import Params, TargetMetric
+from dpg.reward import MetagradReward
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Fresh texts, written to prompts that are never trained on, and what they do to the target.
+
+    Args:
+        prompts: to draw from.
+        num_texts: written each time, one to a prompt.
+        every: GRPO steps between validations; the untrained and the finished generator are always validated.
+    """
+
+    prompts: list[str] = field(repr=False)
+    num_texts: int = 1024
+    every: int = 10
+
+
+class Record(NamedTuple):
+    """One GRPO step in numbers; `step` counts finished steps, and 0 is the untrained generator.
+
+    Attributes:
+        phi: Φ of the target trained on this step's rollouts; on validation texts at step 0.
+        reward_std: spread of the raw rewards.
+        measures: readable figures of the trained target.
+        validation: `phi` and the figures on fresh texts, where this step was validated.
+    """
+
+    step: int
+    phi: float
+    reward_std: float
+    seconds: float
+    num_tokens: int
+    kl: float
+    measures: dict[str, float]
+    validation: dict[str, float] | None
+
+
+class Checkpoint(NamedTuple):
+    """Everything the rest of a run depends on."""
+
+    step: int
+    generator: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rng: Tensor
+
+
+def train(
+    generator: Generator,
+    prompts: list[str],
+    reward: MetagradReward,
+    config: GrpoConfig,
+    *,
+    validation: Validation | None = None,
+    seed: int = 0,
+    resume: Checkpoint | None = None,
+    on_step: Callable[[Record, Callable[[], Checkpoint]], None] = lambda record, checkpoint: None,
+) -> None:
+    """Train `generator` in place to write texts that move the target's metric up.
+
+    Args:
+        generator: the policy.
+        prompts: what it continues; `config.prompts_per_step` of them are drawn at each step.
+        reward: how texts are scored.
+        config: of GRPO.
+        validation: how to validate; None for never.
+        seed: of everything random. Equal seeds give equal bits on one machine with one number of threads.
+        resume: continue after this checkpoint instead of starting, with the same bits as an uninterrupted run.
+        on_step: called after every step (and once before the first) with its record and a function that takes a
+            checkpoint. An exception it raises ends the run.
+
+    Raises:
+        ValueError: for too few prompts.
+        NonFiniteError: if a loss or reward is NaN or infinite, naming the GRPO step.
+    """
+    if len(prompts) < config.prompts_per_step:
+        raise ValueError(f"{len(prompts)} prompts were given, but every step draws {config.prompts_per_step} of them.")
+    model = generator.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    reference = None
+    if config.kl_coefficient > 0:
+        reference = replace(generator, model=copy.deepcopy(model))
+    devices = [model.device.index] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # The caller's random numbers are left as they were.
+        torch.manual_seed(seed)
+        first = 1
+        if resume is not None:
+            first = resume.step + 1
+            model.load_state_dict(resume.generator)
+            optimizer.load_state_dict(resume.optimizer)
+            torch.set_rng_state(resume.rng)
+
+        def checkpoint() -> Checkpoint:
+            return Checkpoint(step, model.state_dict(), optimizer.state_dict(), torch.get_rng_state())
+
+        step = first - 1
+        if resume is None and validation is not None:
+            figures = validate(generator, reward, validation, seed, step=0)
+            on_step(Record(0, figures["phi"], 0.0, 0.0, 0, 0.0, {}, figures), checkpoint)
+
+        for step in range(first, config.num_steps + 1):
+            start = perf_counter()
+            chosen = torch.randperm(len(prompts))[: config.prompts_per_step]
+            rollouts = generator.sample([prompts[i] for i in chosen.tolist()], config.group_size)
+            try:
+                scores = reward.score(rollouts.texts, config.group_size)
+            except mg.NonFiniteError as error:
+                raise mg.NonFiniteError(f"GRPO step {step}: {error}") from error
+            grouped = rearrange(scores.rewards, "(prompts group) -> prompts group", group=config.group_size)
+            advantages = group_advantages(grouped, normalize=config.normalize_groups).flatten()
+            kl = improve(generator, reference, optimizer, rollouts, advantages.to(model.device), config, step)
+            seconds = perf_counter() - start
+
+            figures = None
+            if validation is not None and (step % validation.every == 0 or step == config.num_steps):
+                figures = validate(generator, reward, validation, seed, step)
+            record = Record(
+                step=step,
+                phi=scores.phi,
+                reward_std=float(scores.rewards.std()),
+                seconds=seconds,
+                num_tokens=int(rollouts.token_mask.sum()),
+                kl=kl,
+                measures=measures(reward, scores.params),
+                validation=figures,
+            )
+            on_step(record, checkpoint)
+
+
+def improve(
+    generator: Generator,
+    reference: Generator | None,
+    optimizer: torch.optim.Optimizer,
+    rollouts: Rollouts,
+    advantages: Tensor,
+    config: GrpoConfig,
+    step: int,
+) -> float:
+    """One pass over the rollouts in `config.updates_per_step` optimizer steps; the mean KL to the reference."""
+    with torch.no_grad():
+        old = generator.log_probs(rollouts)
+        start = reference.log_probs(rollouts) if reference is not None else old
+    kls = []
+    for chosen in torch.randperm(len(advantages)).chunk(config.updates_per_step):
+        part = rollouts.rows(chosen)
+        log_probs = generator.log_probs(part)
+        loss = policy_loss(log_probs, old[chosen], advantages[chosen], part.token_mask, config.clip_range)
+        kl = kl_estimate(log_probs, start[chosen], part.token_mask)
+        if reference is not None:
+            loss = loss + config.kl_coefficient * kl
+        if not torch.isfinite(loss):
+            raise mg.NonFiniteError(f"GRPO step {step}: the policy loss is {float(loss)}. Lower the learning rate.")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(generator.model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        kls.append(float(kl.detach()))
+    return sum(kls) / len(kls) if reference is not None else 0.0
+
+
+def validate(
+    generator: Generator, reward: MetagradReward, validation: Validation, seed: int, step: int
+) -> dict[str, float]:
+    """Φ and the readable figures of a target trained on fresh texts. Leaves the run's random numbers alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1_000_003 * (seed + 1) + step)
+        params = reward.target.fine_tune(write(generator, validation.prompts, validation.num_texts))
+    return {"phi": reward.phi(params), **measures(reward, params)}
+
+
+def write(generator: Generator, prompts: list[str], num_texts: int, batch_size: int = 256) -> list[str]:
+    """`num_texts` texts, one each to prompts drawn from `prompts`, again and again if there are too few."""
+    texts: list[str] = []
+    while len(texts) < num_texts:
+        order = torch.randperm(len(prompts))[: min(batch_size, num_texts - len(texts))]
+        texts += generator.sample([prompts[i] for i in order.tolist()]).texts
+    return texts
+
+
+def measures(reward: MetagradReward, params: Params) -> dict[str, float]:
+    """The metric's readable figures of trained parameters; none for a metric that is a plain function."""
+    metric = reward.metric
+    return metric.measure(reward.target.model, params) if isinstance(metric, TargetMetric) else {}

@@ -1,0 +1,109 @@
+"""What a target model should become: differentiable scalars Φ of its trained parameters, higher is better."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+Params: TypeAlias = dict[str, Tensor]
+ParamsMetric: TypeAlias = Callable[[Params], Float[Tensor, ""]]
+
+
+class TargetMetric(ABC):
+    """A metric that looks at the target model before it is trained."""
+
+    @abstractmethod
+    def bind(self, model: PreTrainedModel) -> ParamsMetric:
+        """Φ as a function of the trained parameters of `model`."""
+
+    @abstractmethod
+    def measure(self, model: PreTrainedModel, params: Params) -> dict[str, float]:
+        """Readable figures of the trained `params`, by name."""
+
+
+@dataclass(frozen=True, eq=False)
+class WeightPattern(TargetMetric):
+    """A black-and-white image in the signs of the LM head's update [thrush2026].
+
+        Φ = −mean over pixels of softplus(−strength · image · ΔW),   ΔW = (W_T − W_0) at the patch
+
+    Image rows are hidden dimensions and columns are token ids, both from `offset` on.
+
+    Args:
+        image: +1 (white, the weight must rise) and −1 (black), shape (rows, columns).
+        offset: first hidden dimension and first token id of the patch.
+        strength: sharpness of the softplus, per unit of weight.
+
+    Raises:
+        ValueError: if the image holds anything but ±1. `bind` raises it for a tied head, or one too small.
+    """
+
+    image: Float[Tensor, "rows columns"]
+    offset: tuple[int, int] = (0, 0)
+    strength: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.image.ndim != 2 or not bool((self.image.abs() == 1).all()):
+            raise ValueError(f"the image, of shape {tuple(self.image.shape)}, must be a matrix of +1 and -1 only.")
+        if min(self.offset) < 0:
+            raise ValueError(f"`offset` is {self.offset}. Pass two numbers of at least 0.")
+
+    def bind(self, model: PreTrainedModel) -> ParamsMetric:
+        name = head_name(model)
+        initial = self._patch(_checked_head(model, self)).detach().clone()
+        image = self.image.to(initial)
+
+        def phi(params: Params) -> Float[Tensor, ""]:
+            return -F.softplus(-self.strength * image * (self._patch(params[name]) - initial)).mean()
+
+        return phi
+
+    def update(self, model: PreTrainedModel, params: Params) -> Float[Tensor, "rows columns"]:
+        """ΔW at the patch, in the layout of the image."""
+        return (self._patch(params[head_name(model)]) - self._patch(head(model))).detach()
+
+    def measure(self, model: PreTrainedModel, params: Params) -> dict[str, float]:
+        return {"pixel_accuracy": pixel_accuracy(self.update(model, params), self.image)}
+
+    def _patch(self, weight: Float[Tensor, "vocabulary hidden"]) -> Float[Tensor, "rows columns"]:
+        (row, column), (rows, columns) = self.offset, self.image.shape
+        return rearrange(weight[column : column + columns, row : row + rows], "columns rows -> rows columns")
+
+
+def pixel_accuracy(update: Float[Tensor, "rows columns"], image: Float[Tensor, "rows columns"]) -> float:
+    """Share of pixels where the weight moved to the image's side; a weight that did not move counts as wrong."""
+    return float((torch.sign(update) == image.to(update)).double().mean())
+
+
+def head(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
+    """The weight of the LM head."""
+    return model.get_output_embeddings().weight
+
+
+def head_name(model: PreTrainedModel) -> str:
+    """The name under which the LM head's weight is trained."""
+    return next(name for name, parameter in model.named_parameters() if parameter is head(model))
+
+
+def _checked_head(model: PreTrainedModel, pattern: WeightPattern) -> Tensor:
+    weight = head(model)
+    if weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            f"the LM head of {type(model).__name__} is tied to its embedding, and the pattern is drawn in a head of "
+            "its own. Pass `untie_head=True` to `dpg.Target.load`, or call `dpg.untie_head(model)`."
+        )
+    rows, columns = pattern.image.shape
+    needed = (pattern.offset[1] + columns, pattern.offset[0] + rows)
+    if needed[0] > weight.shape[0] or needed[1] > weight.shape[1]:
+        raise ValueError(
+            f"a {rows} x {columns} pattern at offset {pattern.offset} needs {needed[0]} tokens and {needed[1]} hidden "
+            f"dimensions, but the head has {weight.shape[0]} and {weight.shape[1]}. Pass a smaller image or offset."
+        )
+    return weight

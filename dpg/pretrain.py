@@ -1,0 +1,146 @@
+"""Makes the two small language models that the demonstrations use: ``python -m dpg.pretrain --out DIR``.
+
+The generator is a Llama and the target a GPT-2 (with tied head, as published GPT-2s have), both trained on the prose of
+`dpg.corpus` without its held-out part. They share a tokenizer so that one can be read beside the other; nothing needs it.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedTokenizerFast
+
+from dpg import corpus
+
+END = "<|endoftext|>"
+PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "sympy", "datasets", "accelerate")
+POSITIONS = 128
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer whose ids are ordered by how often their pieces occur in `texts`.
+
+    Bytes are the alphabet, so no text has an unknown token. The order by frequency matters to the weight pictures: they
+    are drawn on the rows of the first few ids, and a row learns only from texts that use its piece. `END`, the last id,
+    opens, closes and pads a text.
+    """
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary - 1, initial_alphabet=alphabet, show_progress=False)
+    raw.train_from_iterator(texts, trainer)
+
+    counts = torch.bincount(torch.tensor([i for e in raw.encode_batch(texts) for i in e.ids]), minlength=vocabulary - 1)
+    order = torch.argsort(counts, descending=True, stable=True).tolist()
+    ids = {raw.id_to_token(old): new for new, old in enumerate(order)}
+    merges = [tuple(merge) for merge in _merges(raw)]
+    raw.model = models.BPE(vocab=ids, merges=merges)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token=END, eos_token=END, pad_token=END, model_max_length=POSITIONS
+    )
+
+
+def make_generator(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """An untrained generator: two layers of width 128, embedding and head tied."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+            max_position_embeddings=POSITIONS,
+            **_special(tokenizer),
+        )
+    )
+
+
+def make_target(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    """An untrained target: two layers of width 64 without dropout, so that its training is a function of the data."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=POSITIONS,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **_special(tokenizer),
+        )
+    )
+
+
+def train(
+    model: PreTrainedModel, stream: Int[Tensor, " tokens"], epochs: float, peak: float = 3e-3, window: int = 64
+) -> float:
+    """Trains `model` in place on random windows of `stream`; the mean loss in nats per token of the last tenth.
+
+    Args:
+        stream: All texts one after another, each after an `END`.
+        epochs: Passes over `stream`, counted in tokens.
+        peak: The learning rate after warm-up, from which a cosine leads to zero.
+    """
+    batch, warmup = 32, 50
+    steps = int(epochs * len(stream) / (batch * window))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
+    losses = []
+    for step in range(steps):
+        starts = torch.randint(len(stream) - window, (batch, 1))
+        rows = stream[starts + torch.arange(window)]
+        loss = model(input_ids=rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        cosine.step()
+        ramp.step()
+        losses.append(loss.item())
+        if step % 100 == 0:
+            print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)
+    return sum(losses[-(steps // 10) :]) / (steps // 10)
+
+
+def pretrain(out: Path, seed: int, vocabulary: int, epochs: float) -> None:
+    """Writes the folders ``generator`` and ``target`` under `out`, each with its model and the tokenizer."""
+    torch.manual_seed(seed)
+    texts = [passage for passage in corpus.passages(PACKAGES) if not corpus.is_held_out(passage)]
+    tokenizer = train_tokenizer(texts, vocabulary)
+    end = tokenizer.eos_token_id
+    shuffled = [texts[i] for i in torch.randperm(len(texts))]
+    stream = torch.tensor([i for ids in tokenizer(shuffled, verbose=False)["input_ids"] for i in [end, *ids]])
+    print(f"{len(texts)} passages, {len(stream)} tokens")
+    for name, make in (("generator", make_generator), ("target", make_target)):
+        model = make(tokenizer)
+        print(f"{name}: {model.num_parameters()} parameters")
+        print(f"{name}: final loss {train(model, stream, epochs):.3f} nats per token")
+        model.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+
+
+def _merges(raw: Tokenizer) -> list[list[str]]:
+    import json  # The merges are reachable only through the tokenizer's own file format.
+
+    return json.loads(raw.to_str())["model"]["merges"]
+
+
+def _special(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    end = tokenizer.eos_token_id
+    return {"vocab_size": len(tokenizer), "bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vocabulary", type=int, default=1024, help="number of tokens")
+    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the corpus")
+    arguments = parser.parse_args()
+    pretrain(arguments.out, arguments.seed, arguments.vocabulary, arguments.epochs)

@@ -1,0 +1,47 @@
+"""Prompts from a file or a data set of the user's."""
+
+import json
+from pathlib import Path
+
+
+def read_prompts(source: str) -> list[str]:
+    """The prompts of a text file (one a line), a JSON-lines file, a `datasets` folder or a hub data set.
+
+    Raises:
+        ValueError: if there is nothing of that name, no `prompt` or `text` column, or no prompt in it.
+    """
+    path = Path(source)
+    if path.is_file():
+        lines = [line for line in path.read_text().splitlines() if line.strip()]
+        prompts = [_column(json.loads(line), source) for line in lines] if path.suffix == ".jsonl" else lines
+    else:
+        prompts = _from_datasets(source)
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise ValueError(f"{source} holds no prompts.")
+    return prompts
+
+
+def _column(row: dict[str, str], source: str) -> str:
+    for name in ("prompt", "text"):
+        if name in row:
+            return row[name]
+    raise ValueError(f"{source} has the columns {', '.join(row)}, but prompts are read from `prompt` or `text`.")
+
+
+def _from_datasets(source: str) -> list[str]:
+    try:
+        from datasets import load_dataset, load_from_disk
+    except ImportError as error:
+        raise ValueError(
+            f"{source} is not a file, and reading it as a data set needs the package `datasets`: "
+            "pip install 'metagrad[data]'."
+        ) from error
+    try:
+        data = load_from_disk(source) if Path(source).is_dir() else load_dataset(source, split="train")
+    except Exception as error:  # `datasets` raises a different class for every way of not finding something.
+        raise ValueError(
+            f"{source!r} is neither a file, nor a folder written by `datasets`, nor a data set that can be downloaded: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return [_column(row, source) for row in data]

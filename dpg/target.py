@@ -1,0 +1,104 @@
+"""The model that trains on generated texts. Its training is a pure function: the model itself is never changed."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+import metagrad as mg
+from dpg.metrics import Params, head
+from dpg.text import Batch, encode, example_losses, rows
+
+
+@dataclass(frozen=True)
+class Target:
+    """A causal language model, and how it is fine-tuned on a list of texts.
+
+    Args:
+        model: any Hugging Face causal language model. It is put in evaluation mode: no dropout.
+        tokenizer: the model's own.
+        optimizer: of the inner training.
+        inner_batch_size: texts in one inner step; n texts make ceil(n / inner_batch_size) steps, each text used once.
+        sequence_length: tokens kept of each text, and the denominator of its loss unless `loss_denominator` is given.
+        train_eos: learn where texts end.
+        loss_denominator: what each text's summed token loss is divided by.
+        microbatch_size: texts differentiated at a time.
+        clip_norm: clip the inner gradient's global norm.
+        data_seed: fixes which text goes into which inner step, the same at every call.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: mg.optim.GradientTransformation
+    inner_batch_size: int = 1024
+    sequence_length: int = 128
+    train_eos: bool = True
+    loss_denominator: float | None = None
+    microbatch_size: int | None = None
+    clip_norm: float | None = None
+    data_seed: int = 42
+
+    def __post_init__(self) -> None:
+        self.model.eval()
+
+    @property
+    def step(self) -> mg.TrainStep:
+        """One inner training step with a weight for every text."""
+        return mg.TrainStep(
+            mg.weighted(self._losses), self.optimizer, microbatch_size=self.microbatch_size, clip_norm=self.clip_norm
+        )
+
+    def batches(self, texts: list[str]) -> list[Batch]:
+        """The inner steps' batches; `index` is the position of each text in `texts`."""
+        data = {
+            key: value.to(self.model.device)
+            for key, value in encode(texts, self.tokenizer, self.sequence_length, train_eos=self.train_eos).items()
+        }
+        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.data_seed))
+        return [rows(data, chosen.to(self.model.device)) for chosen in order.split(self.inner_batch_size)]
+
+    def weights(self, texts: list[str]) -> dict[str, Tensor]:
+        """The metaparameters of training on `texts`: a weight of 1 for each."""
+        return {"weights": torch.ones(len(texts), dtype=self.model.dtype, device=self.model.device)}
+
+    def fine_tune(self, texts: list[str]) -> Params:
+        """The parameters after training on `texts`, from the initial ones."""
+        meta = self.weights(texts)
+        state = self.step.init(self.model, meta)
+        with torch.no_grad():
+            for batch in self.batches(texts):
+                state = self.step(state, batch, meta)
+        return state.params
+
+    def _losses(self, params: Params, batch: Batch) -> Float[Tensor, " texts"]:
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        logits = functional_call(self.model, params, (), {**inputs, "use_cache": False}).logits
+        return example_losses(logits, batch["labels"], self.loss_denominator or self.sequence_length)
+
+
+def load_model(source: str, *, untie: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model in float32 and its tokenizer, from a local folder or a hub name.
+
+    Raises:
+        ValueError: if there is no such model, saying what was looked for.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{source!r} is neither a folder with a causal language model and its tokenizer (config.json, "
+            f"model.safetensors, tokenizer.json) nor a model name that can be downloaded: {str(error).splitlines()[0]}"
+        ) from error
+    return (untie_head(model) if untie else model), tokenizer
+
+
+def untie_head(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` with an LM head of its own, equal to the embedding so far. Changes the model it is given."""
+    if head(model) is model.get_input_embeddings().weight:
+        model.get_output_embeddings().weight = torch.nn.Parameter(head(model).detach().clone())
+        model.config.tie_word_embeddings = False
+    return model
