@@ -1,6 +1,7 @@
 """The command line: `dpg run`, `dpg verify`, `dpg list`."""
 
 import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -68,6 +69,10 @@ def list_experiments(debug: Debug = False) -> None:
 
 def main() -> None:
     """Run the command line; errors of the user's become one line on standard error."""
+    # Loading bars and advice to developers would break the display; what the user set goes first.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except Exception as error:
@@ -82,8 +87,8 @@ def main() -> None:
 
 def _message(error: Exception) -> str:
     """One line for a person; an error nobody foresaw says its kind and how to see more."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or 'writing the run folder'}). Free some space, then use --resume."
+    if os.strerror(errno.ENOSPC) in str(error):  # Not every library says so with an OSError.
+        return f"the disk is full ({error}). What was written before is intact: free some space, then use --resume."
     return " ".join(str(error).split()) or f"{type(error).__name__} (--debug shows where)"
 
 

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class RunFolder:
             RunFolderError: if there is no such run, or it was started with another configuration.
         """
         started = self.read_config()
-        for key in sorted({*started, *config}):
+        for key in sorted({*started, *config} - {"command"}):
             if started.get(key) != config.get(key):
                 raise RunFolderError(
                     f"the run in {self.path} was started with {key} = {started.get(key)!r}, not {config.get(key)!r}. "
@@ -76,9 +77,9 @@ class RunFolder:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep `checkpoint` in place of the one before."""
-        temporary = self.path / "checkpoint.pt.tmp"
-        torch.save(checkpoint._asdict(), temporary)
-        os.replace(temporary, self.path / "checkpoint.pt")
+        content = BytesIO()  # torch hides a full disk behind an error of its own; plain writing does not.
+        torch.save(checkpoint._asdict(), content)
+        self._replace("checkpoint.pt", content.getvalue())
 
     def record(self, record: Record) -> None:
         """Add a line to `metrics.jsonl`."""

@@ -1,18 +1,26 @@
 """Makes the two small language models that the demonstrations use: ``python -m dpg.pretrain --out DIR``.
 
 The generator is a Llama and the target a GPT-2 (with tied head, as published GPT-2s have), both trained on the prose of
-`dpg.corpus` without its held-out part. They share a tokenizer so that one can be read beside the other; nothing needs it.
+`dpg.corpus` without its held-out part. They have the same tokenizer because one corpus needs only one: texts pass from
+the generator to the target as strings.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
 from jaxtyping import Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from dpg import corpus
 
@@ -35,11 +43,12 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
     trainer = trainers.BpeTrainer(vocab_size=vocabulary - 1, initial_alphabet=alphabet, show_progress=False)
     raw.train_from_iterator(texts, trainer)
 
-    counts = torch.bincount(torch.tensor([i for e in raw.encode_batch(texts) for i in e.ids]), minlength=vocabulary - 1)
+    used = torch.tensor([i for encoding in raw.encode_batch(texts) for i in encoding.ids])
+    counts = torch.bincount(used, minlength=raw.get_vocab_size())
     order = torch.argsort(counts, descending=True, stable=True).tolist()
     ids = {raw.id_to_token(old): new for new, old in enumerate(order)}
-    merges = [tuple(merge) for merge in _merges(raw)]
-    raw.model = models.BPE(vocab=ids, merges=merges)
+    merges = json.loads(raw.to_str())["model"]["merges"]  # Reachable only through the tokenizer's file format.
+    raw.model = models.BPE(vocab=ids, merges=[tuple(merge) for merge in merges])
     return PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=END, eos_token=END, pad_token=END, model_max_length=POSITIONS
     )
@@ -62,24 +71,15 @@ def make_generator(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def make_target(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
     """An untrained target: two layers of width 64 without dropout, so that its training is a function of the data."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            n_embd=64,
-            n_layer=2,
-            n_head=4,
-            n_positions=POSITIONS,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            **_special(tokenizer),
-        )
-    )
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    shape = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS}
+    return GPT2LMHeadModel(GPT2Config(**shape, **no_dropout, **_special(tokenizer)))
 
 
 def train(
     model: PreTrainedModel, stream: Int[Tensor, " tokens"], epochs: float, peak: float = 3e-3, window: int = 64
 ) -> float:
-    """Trains `model` in place on random windows of `stream`; the mean loss in nats per token of the last tenth.
+    """Trains `model` in place on random windows of `stream`; returns the mean loss of the last tenth, nats per token.
 
     Args:
         stream: All texts one after another, each after an `END`.
@@ -101,7 +101,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         cosine.step()
-        ramp.step()
+        ramp.step()  # Multiplies what the cosine has set.
         losses.append(loss.item())
         if step % 100 == 0:
             print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)
@@ -109,7 +109,10 @@ def train(
 
 
 def pretrain(out: Path, seed: int, vocabulary: int, epochs: float) -> None:
-    """Writes the folders ``generator`` and ``target`` under `out`, each with its model and the tokenizer."""
+    """Writes the folders ``generator`` and ``target`` under `out`, each with its model and the tokenizer.
+
+    Equal arguments give equal models where the Python, the packages read, torch and the number of threads are equal.
+    """
     torch.manual_seed(seed)
     texts = [passage for passage in corpus.passages(PACKAGES) if not corpus.is_held_out(passage)]
     tokenizer = train_tokenizer(texts, vocabulary)
@@ -123,12 +126,6 @@ def pretrain(out: Path, seed: int, vocabulary: int, epochs: float) -> None:
         print(f"{name}: final loss {train(model, stream, epochs):.3f} nats per token")
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
-
-
-def _merges(raw: Tokenizer) -> list[list[str]]:
-    import json  # The merges are reachable only through the tokenizer's own file format.
-
-    return json.loads(raw.to_str())["model"]["merges"]
 
 
 def _special(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:

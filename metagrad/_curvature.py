@@ -1,15 +1,20 @@
 """Second derivatives of one step's loss, contracted with the cotangent γ of its gradient (docs/theory.md, eq. 6).
 
-Nothing here forms a matrix: both functions return products with γ.
+Nothing here forms a matrix: the functions return products with γ.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from metagrad._types import Params, Scalar
+
+Contribution: TypeAlias = Callable[[Scalar], list[Tensor]]
+"""What one micro-batch's share of the loss adds to a sum over the batch."""
 
 
 def pull_gradient(gradient: Sequence[Tensor], inputs: Sequence[Tensor], gamma: Sequence[Tensor]) -> list[Tensor]:
@@ -18,6 +23,7 @@ def pull_gradient(gradient: Sequence[Tensor], inputs: Sequence[Tensor], gamma: S
     With inputs (θ, z) these are Hγ and (∂²L/∂z∂θ)γ. Exact zeros where g does not depend on an input.
     Cost: two gradients, and about 2.8 times the memory of one.
     """
+    _refuse_missing_derivatives(gradient)
     connected = [(g, c) for g, c in zip(gradient, gamma, strict=True) if g.requires_grad]
     if not connected or not inputs:
         return [torch.zeros_like(x) for x in inputs]
@@ -25,24 +31,85 @@ def pull_gradient(gradient: Sequence[Tensor], inputs: Sequence[Tensor], gamma: S
     return list(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True))
 
 
-def as_duals(params: Params, gamma: Sequence[Tensor]) -> Params:
-    """`params` as dual numbers with tangent γ; call inside `forward_ad.dual_level()`.
+def pull_forward(
+    total: Callable[[Contribution, Params], list[Tensor]],
+    params: Params,
+    gradient: Sequence[Tensor],
+    gamma: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+) -> list[Tensor] | None:
+    """(∂²L/∂z∂θ)γ for a loss that is linear in z = `inputs`, without any backward through θ: ∂⟨∇L, γ⟩/∂z.
 
-    A parameter whose γ is exactly zero stays a plain tensor: what depends on no other costs a forward pass only.
+    Linear, and nothing after it: torch differentiates some forward-mode formulas wrongly (layer_norm among them), and
+    silently, so the pass through z must be a plain product. The result is checked against the reverse-mode gradient.
+
+    Args:
+        total: sums a contribution of the loss over the micro-batches, for given parameters.
+        gradient: ∇_θ L by reverse mode.
+
+    Returns:
+        None, after a warning, where forward mode cannot do this loss.
+
+    Cost: one forward-mode pass; a forward pass wherever γ is zero.
     """
+    try:
+        with forward_ad.dual_level():
+            pulled = total(lambda loss: _tangent_gradient(loss, inputs), _as_duals(params, gamma))
+        reason = None if _agrees(inputs, pulled, gradient, gamma) else "it differs from the reverse-mode gradient"
+    except NotImplementedError as error:
+        reason = str(error).splitlines()[0]
+    if reason is None:
+        return pulled
+    warnings.warn(
+        f"forward mode does not work for this loss ({reason}); a second backward pass takes its place, as exact and "
+        "slower. Stopping gradients by detach instead of torch.no_grad may help.",
+        stacklevel=2,
+    )
+    return None
+
+
+def _as_duals(params: Params, gamma: Sequence[Tensor]) -> Params:
+    """`params` with tangent γ. Where γ is exactly zero a plain tensor does, and what depends on no other is cheaper."""
     return {
         name: forward_ad.make_dual(value.detach(), tangent) if tangent.any() else value.detach()
         for (name, value), tangent in zip(params.items(), gamma, strict=True)
     }
 
 
-def pull_directional(loss: Scalar, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """∂⟨∇_θ L, γ⟩/∂inputs for a loss computed on `as_duals(params, γ)`: (∂²L/∂z∂θ)γ without a backward through θ.
-
-    Cost: one forward-mode pass, which the caller has run. Sound only where `inputs` enter L linearly and last: torch
-    differentiates some forward-mode formulas wrongly (layer_norm among them), and silently.
-    """
+def _tangent_gradient(loss: Scalar, inputs: Sequence[Tensor]) -> list[Tensor]:
     tangent = forward_ad.unpack_dual(loss).tangent
     if tangent is None or not tangent.requires_grad:
         return [torch.zeros_like(x) for x in inputs]
     return list(torch.autograd.grad(tangent, inputs, allow_unused=True, materialize_grads=True))
+
+
+def _agrees(
+    inputs: Sequence[Tensor], pulled: Sequence[Tensor], gradient: Sequence[Tensor], gamma: Sequence[Tensor]
+) -> bool:
+    """Whether ⟨z, (∂²L/∂z∂θ)γ⟩ = ⟨∇L, γ⟩, as it must be for a loss linear in z.
+
+    It is not where the loss stops gradients in a way that forward mode passes by, such as `torch.no_grad`. The
+    tolerance is the square root of the precision: far above rounding, far below a missing term.
+    """
+    with torch.no_grad():
+        left = torch.cat([(x * c).flatten() for x, c in zip(inputs, pulled, strict=True)])
+        right = torch.cat([(g * c).flatten() for g, c in zip(gradient, gamma, strict=True)])
+    tolerance = torch.finfo(right.dtype).eps ** 0.5 * float(left.abs().sum() + right.abs().sum())
+    return bool((left.sum() - right.sum()).abs() <= tolerance)
+
+
+def _refuse_missing_derivatives(gradient: Sequence[Tensor]) -> None:
+    """Raise for a gradient made by a once-differentiable function: torch would take its missing derivative as zero."""
+    seen = set()
+    waiting = [g.grad_fn for g in gradient if g.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "the loss uses a function marked @once_differentiable, and a second derivative is needed. Write its "
+                "backward in differentiable operations, or replace the function."
+            )
+        waiting.extend(following for following, _ in node.next_functions if following is not None)

@@ -13,7 +13,7 @@ from metagrad._metric import by_name, evaluate
 from metagrad._replay import Replay
 from metagrad._schedule import Binomial, Schedule
 from metagrad._store import RamStore, Store
-from metagrad._tree import floating_leaves, independent, with_floating_leaves
+from metagrad._tree import detached, floating_leaves, independent, with_floating_leaves
 from metagrad._types import Batches, Metric, Result, State, Stats, Step, Tree
 
 DEFAULT_SCHEDULE = Binomial(slots=8)
@@ -53,8 +53,8 @@ def metagradient(
         ValueError: before training, for inputs that cannot work; the message says what to pass instead.
         NonFiniteError: if a loss, Φ or a cotangent is NaN or infinite, naming the step.
 
-    Cost: `schedule.cost(len(batches))` step evaluations of 3 forward passes each, and 9 to 12 per reversed step;
-        with one step and `weighted` losses, no second-order pass at all. Memory: the schedule's states and one step.
+    Cost: `schedule.cost(len(batches))` step evaluations of 3 forward passes each, and 9 to 12 per reversed step. Step 0
+        of a `weighted` loss needs no second-order pass unless `wrt_params`. Memory: the schedule's states and one step.
 
     Example:
         >>> import torch, metagrad as mg
@@ -139,9 +139,11 @@ class _Training(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: _Run, *leaves: Tensor) -> tuple[Tensor, ...]:
-        run.final = run.replay.forward(run.initial)
+        final = run.replay.forward(run.initial)
+        # Detached: the outputs will know this node, and the node must not know them, or neither is ever freed.
+        run.final = detached(final)
         ctx.run = run
-        return tuple(run.final.params.values())
+        return tuple(final.params.values())
 
     @staticmethod
     @once_differentiable

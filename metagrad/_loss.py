@@ -20,8 +20,14 @@ class WeightedLoss:
     loss: ExampleLoss
 
     def __call__(self, params: Params, batch: Tree, meta: Tree) -> Float[Tensor, " examples"]:
-        weights: Tensor = meta["weights"]
-        return weights[batch["index"]] * self.loss(params, batch)
+        weights: Tensor = meta["weights"][batch["index"]]
+        losses = self.loss(params, batch)
+        if losses.shape != weights.shape:
+            raise ValueError(
+                f"the loss under `mg.weighted` has shape {tuple(losses.shape)} for {len(weights)} examples. Return one "
+                f"loss per example, shape {tuple(weights.shape)}."
+            )
+        return weights * losses
 
     def validate(self, batches: Batches, meta: Tree) -> None:
         """Check before any training that every example has a weight.

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from metagrad._tree import (
-    all_finite,
     describe,
     differentiable,
     floating_leaves,
+    not_finite,
     with_floating_leaves,
 )
 from metagrad._types import Metric, NonFiniteError, Scalar, State
@@ -35,7 +35,7 @@ def evaluate(metric: Metric, state: State, initial: State) -> tuple[Scalar, list
         with torch.enable_grad():
             value = metric(State(params, buffers, optimizer, state.rng, state.step))
     except (NotImplementedError, RuntimeError) as error:
-        if any(f"derivative for '{name}'" in str(error) for name in ("running_mean", "running_var")):
+        if "running_mean" in str(error) or "running_var" in str(error):
             raise ValueError(_buffer_message("the running statistics of a normalisation layer")) from error
         raise
     if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
@@ -50,8 +50,13 @@ def evaluate(metric: Metric, state: State, initial: State) -> tuple[Scalar, list
     if names := [name for name, gradient in zip(moving, read, strict=True) if gradient is not None]:
         raise ValueError(_buffer_message(f"the buffers {', '.join(names)}"))
     cotangent = list(torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True))
-    if not all_finite([value.detach(), *cotangent]):
-        raise NonFiniteError(f"the metric or its gradient is not finite after {state.step} steps: Φ = {float(value)}.")
+    if wrong := not_finite("state", differentiable(state), cotangent) + not_finite(
+        "the metric", value, [value.detach()]
+    ):
+        raise NonFiniteError(
+            f"the metric is {float(value)} after {state.step} steps, and it or its gradient is not finite in "
+            f"{', '.join(wrong)}."
+        )
     return value.detach(), cotangent
 
 

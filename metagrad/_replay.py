@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from metagrad._schedule import Action, Drop, Load, Plan, Reverse, Run, Save
 from metagrad._store import Store
-from metagrad._tree import all_finite, differentiable, floating_leaves, tensor_leaves, tensor_names
-from metagrad._types import Batches, NonFiniteError, Pull, State, Step, Tree
+from metagrad._tree import differentiable, floating_leaves, not_finite
+from metagrad._types import Batches, NonFiniteError, Pull, Pullback, State, Step, Tree
 
 
 class Gradients(NamedTuple):
@@ -72,9 +72,9 @@ class Replay:
                     continue
                 assert carried is not None and state.step == action.step
                 pull, self.last_pull = self.last_pull or self._linearize(state)[1], None
-                carried, meta = pull(carried)
-                _check_finite(action.step, state, self.meta, carried, meta)
-                total = [a + b for a, b in zip(total, meta, strict=True)]
+                pulled = pull(carried)
+                _check_finite(action.step, state, self.meta, pulled)
+                carried, total = pulled.state, [a + b for a, b in zip(total, pulled.meta, strict=True)]
                 self.reversals += 1
                 bar.update()
         return Gradients(carried, total)
@@ -90,9 +90,11 @@ class Replay:
             case Run(start, stop):
                 for t in range(start, stop):
                     assert state.step == t
-                    if t == len(self.batches) - 1 and self.plan.reverse[0] == Load(t):
-                        # This very step is reversed next: its gradient is computed once, for both.
-                        state, self.last_pull = self._linearize(state)
+                    if t == len(self.batches) - 1:
+                        # Under every schedule, since a gradient with a graph may differ from one without in its last
+                        # bit; used again where this very step is reversed next.
+                        state, pull = self._linearize(state)
+                        self.last_pull = pull if self.plan.reverse[0] == Load(t) else None
                     else:
                         # No graph between steps: each step is differentiated by its own pullback.
                         with torch.no_grad():
@@ -107,18 +109,12 @@ class Replay:
         return self.step.vjp(state, self.batches[state.step], self.meta, wrt_state=wrt_state)
 
 
-def _check_finite(
-    step: int, state: State, meta: Tree, state_cotangent: list[Tensor] | None, meta_cotangent: list[Tensor]
-) -> None:
-    for what, tree, cotangent in (
-        ("state", differentiable(state), state_cotangent or []),
-        ("metaparameter", meta, meta_cotangent),
-    ):
-        if not all_finite(cotangent):
-            leaves = zip(tensor_names(tree), tensor_leaves(tree), strict=True)
-            floating = [name for name, leaf in leaves if leaf.is_floating_point()]
-            names = [name for name, c in zip(floating, cotangent, strict=True) if not all_finite([c])]
-            raise NonFiniteError(
-                f"the {what} cotangent is not finite at step {step} in {', '.join(names)}. The run itself is finite; "
-                "its derivative is not. With Adam, raise `eps_root`: see docs/stability.md."
-            )
+def _check_finite(step: int, state: State, meta: Tree, pulled: Pullback) -> None:
+    wrong = not_finite("meta", meta, pulled.meta)
+    if pulled.state is not None:
+        wrong = not_finite("state", differentiable(state), pulled.state) + wrong
+    if wrong:
+        raise NonFiniteError(
+            f"the cotangent is not finite at step {step} in {', '.join(wrong)}. The run itself is finite; its "
+            "derivative is not. With Adam, a larger `eps_root` usually helps: see docs/stability.md."
+        )

@@ -90,8 +90,8 @@ class Binomial(Schedule):
     Args:
         slots: states kept at a time, the initial one among them; at least 1.
 
-    Cost: with r the smallest integer for which C(slots + r, r) > T, every step is run at most r times before it is
-    reversed. T ≤ slots needs no replay; 10 slots need 2.6 replays a step at T = 1000.
+    Cost: with r the smallest integer for which C(slots + r, r) > T, no step is run more than r times, the forward run
+    included. T ≤ slots needs no replay; 10 slots need 2.6 replays a step at T = 1000.
     """
 
     slots: int
@@ -148,7 +148,7 @@ def _split(num_steps: int, slots: int) -> int:
 
 
 def _evaluations(num_steps: int, slots: int) -> int:
-    """The fewest runs that reverse `num_steps` steps: r·l − C(slots + r, r − 1) [griewank2000, eq. 3]."""
+    """The fewest runs that reverse `num_steps` steps: r·l − C(slots + r, r − 1) [griewank2000]."""
     if num_steps == 1:
         return 0
     sweeps = 1

@@ -6,16 +6,24 @@ from itertools import islice
 from typing import TypeAlias
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torchopt
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
-from metagrad._curvature import as_duals, pull_directional, pull_gradient
+from metagrad._curvature import Contribution, pull_forward, pull_gradient
 from metagrad._loss import WeightedLoss, cut, mean_share
-from metagrad._tree import describe, detached, floating_leaves, independent, tensor_leaves, with_floating_leaves
-from metagrad._types import Batches, Loss, Params, Pull, Pullback, Scalar, State, Tree
+from metagrad._random import cuda_devices, read_rng, write_rng
+from metagrad._tree import (
+    describe,
+    detached,
+    floating_leaves,
+    independent,
+    not_finite,
+    tensor_leaves,
+    with_floating_leaves,
+)
+from metagrad._types import Batches, Loss, NonFiniteError, Params, Pull, Pullback, Scalar, State, Tree
 from metagrad.optim import clip
 
 Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransformation]
@@ -80,10 +88,10 @@ class TrainStep:
                 )
         # Copies: what the caller does to the model between the run and its replay must not reach the replay.
         own: Params = independent({name: params[name] for name in sorted(params)})
-        devices = _cuda_devices(own)
+        devices = cuda_devices(own)
         with torch.random.fork_rng(devices):
             torch.manual_seed(self.seed)
-            rng = _read_rng(devices)
+            rng = read_rng(devices)
         return State(own, independent(buffers), self._transformation(meta).init(own), rng, step=0)
 
     def validate(self, batches: Batches, meta: Tree) -> None:
@@ -106,7 +114,7 @@ class TrainStep:
         """The state after one step on `batch`. With gradients enabled the result keeps its graph, otherwise not.
 
         Raises:
-            NonFiniteError: if the loss is NaN or infinite.
+            NonFiniteError: if the loss or its gradient is NaN or infinite.
             ValueError: if the loss has the wrong shape or does not depend on the parameters.
         """
         keep_graph = torch.is_grad_enabled()
@@ -118,6 +126,7 @@ class TrainStep:
         gradient, buffers, rng = self._sum_over_pieces(
             lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
         )
+        _check_gradient(params, gradient, state.step)
         new_params, optimizer = self._update(gradient, state.optimizer, params if keep_graph else state.params, meta)
         return State(new_params, buffers, optimizer, rng, state.step + 1)
 
@@ -134,9 +143,14 @@ class TrainStep:
         param_leaves, optimizer_leaves, meta_leaves = map(floating_leaves, (params, optimizer, meta))
         forward_mode = not wrt_state and isinstance(self.loss, WeightedLoss)
         keep_graph = self.microbatch_size is None and not forward_mode
+
+        def total(contribution: Contribution, params: Params = params) -> list[Tensor]:
+            return self._sum_over_pieces(contribution, params, state, batch, meta)[0]
+
         gradient, buffers, rng = self._sum_over_pieces(
             lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
         )
+        _check_gradient(params, gradient, state.step)
         # Detached: the update is pulled back first, the gradient's own graph after it.
         leaves = [g.detach().requires_grad_() for g in gradient]
         with torch.enable_grad():
@@ -145,24 +159,19 @@ class TrainStep:
         def pull(cotangent: Sequence[Tensor]) -> Pullback:
             # eq. 4: through the update, to the gradient (γ) and to everything the update reads directly.
             sources = (leaves, param_leaves, optimizer_leaves, meta_leaves)
-            gamma, to_params, to_optimizer, to_meta = _pull_each(floating_leaves(update), sources, cotangent)
+            pulled = pull_gradient(floating_leaves(update), [leaf for group in sources for leaf in group], cotangent)
+            gamma, to_params, to_optimizer, to_meta = _grouped(pulled, sources)
 
             # eq. 5 and 6: through the gradient, to the parameters (Hγ) and to meta.
-            inputs = (param_leaves if wrt_state else [], meta_leaves)
+            groups = (param_leaves if wrt_state else [], meta_leaves)
+            inputs = [leaf for group in groups for leaf in group]
             if keep_graph:
-                hessian, mixed = _pull_each(gradient, inputs, gamma)
-            elif forward_mode:
-                hessian = []
-                with forward_ad.dual_level():
-                    mixed, _, _ = self._sum_over_pieces(
-                        lambda loss: pull_directional(loss, meta_leaves), as_duals(params, gamma), state, batch, meta
-                    )
+                second = pull_gradient(gradient, inputs, gamma)
+            elif forward_mode and (fast := pull_forward(total, params, gradient, gamma, inputs)):
+                second = fast
             else:
-                flat = [leaf for group in inputs for leaf in group]
-                second, _, _ = self._sum_over_pieces(
-                    lambda loss: pull_gradient(_gradient(loss, params, True), flat, gamma), params, state, batch, meta
-                )
-                hessian, mixed = second[: len(inputs[0])], second[len(inputs[0]) :]
+                second = total(lambda loss: pull_gradient(_gradient(loss, params, True), inputs, gamma))
+            hessian, mixed = _grouped(second, groups)
 
             meta_cotangent = [a + b for a, b in zip(to_meta, mixed, strict=True)]
             if not wrt_state:
@@ -174,7 +183,7 @@ class TrainStep:
 
     def _sum_over_pieces(
         self,
-        contribution: Callable[[Scalar], list[Tensor]],
+        contribution: Contribution,
         params: Params,
         state: State,
         batch: Tree,
@@ -184,19 +193,19 @@ class TrainStep:
 
         Buffers and random numbers start from the state at every call, so each pass over a batch sees the same.
         """
-        devices = _cuda_devices(state.params)
+        devices = cuda_devices(state.params)
         # Cloned: modules update their buffers in place, and the state is a value.
         buffers = {name: value.clone() for name, value in state.buffers.items()}
         total: list[Tensor] = []
         with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            _write_rng(state.rng, devices)
+            write_rng(state.rng, devices)
             for piece in cut(batch, self.microbatch_size):
                 variables = {**params, **buffers}
                 share = mean_share(self.loss(variables, piece.batch, meta), piece, state.step)
                 buffers = {name: _new_buffer(name, variables[name]) for name in buffers}
                 new = contribution(share)
                 total = [a + b for a, b in zip(total, new, strict=True)] if total else new
-            return total, buffers, _read_rng(devices)
+            return total, buffers, read_rng(devices)
 
     def _update(self, gradient: Sequence[Tensor], optimizer: Tree, params: Params, meta: Tree) -> tuple[Params, Tree]:
         """Parameters and optimizer state after the update by `gradient` (in the order of `params`)."""
@@ -224,12 +233,18 @@ def _gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor]:
     )
 
 
-def _pull_each(
-    outputs: Sequence[Tensor], groups: Sequence[Sequence[Tensor]], cotangent: Sequence[Tensor]
-) -> list[list[Tensor]]:
-    """`pull_gradient` to several groups of inputs at once, one list for each."""
-    pulled = iter(pull_gradient(outputs, [leaf for group in groups for leaf in group], cotangent))
-    return [list(islice(pulled, len(group))) for group in groups]
+def _check_gradient(params: Params, gradient: Sequence[Tensor], step: int) -> None:
+    if wrong := not_finite("params", params, gradient):
+        raise NonFiniteError(
+            f"the training gradient is not finite at step {step} in {', '.join(wrong)}, though the loss is. A square "
+            "root or a norm at 0 inside the loss does this; so does a learning rate that is too high."
+        )
+
+
+def _grouped(values: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """`values` cut into lists as long as `groups`."""
+    remaining = iter(values)
+    return [list(islice(remaining, len(group))) for group in groups]
 
 
 def _new_buffer(name: str, value: Tensor) -> Tensor:
@@ -244,17 +259,3 @@ def _new_buffer(name: str, value: Tensor) -> Tensor:
 def _fresh(tree: Tree) -> Tree:
     """`tree` with floating-point leaves cut from any graph and ready to be differentiated."""
     return with_floating_leaves(tree, [leaf.detach().requires_grad_() for leaf in floating_leaves(tree)])
-
-
-def _cuda_devices(params: Params) -> list[int]:
-    return sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
-
-
-def _read_rng(devices: list[int]) -> tuple[Tensor, ...]:
-    return (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices))
-
-
-def _write_rng(states: tuple[Tensor, ...], devices: list[int]) -> None:
-    torch.set_rng_state(states[0])
-    for device, state in zip(devices, states[1:], strict=True):
-        torch.cuda.set_rng_state(state, device)

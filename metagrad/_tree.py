@@ -1,12 +1,13 @@
 """Trees of tensors, seen as the flat list of their floating-point leaves."""
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
-from metagrad._types import State, Tree
+from metagrad._types import Params, State, Tree
 
 
 def tensor_leaves(tree: Tree) -> list[Tensor]:
@@ -19,11 +20,10 @@ def floating_leaves(tree: Tree) -> list[Tensor]:
     return [leaf for leaf in tensor_leaves(tree) if leaf.is_floating_point()]
 
 
-def tensor_names(tree: Tree) -> list[str]:
-    """A readable name for each of `tensor_leaves(tree)`."""
-    paths, leaves, _ = optree.tree_flatten_with_path(tree)
-    named = zip(paths, leaves, strict=True)
-    return [".".join(str(key) for key in path) for path, leaf in named if isinstance(leaf, Tensor)]
+def names(root: str, tree: Tree) -> list[str]:
+    """Where each of `tensor_leaves(tree)` is, as one would write it: `root['weights']`."""
+    accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
+    return [a.codify(root) for a, leaf in zip(accessors, leaves, strict=True) if isinstance(leaf, Tensor)]
 
 
 def with_floating_leaves(tree: Tree, values: Iterable[Tensor | None], *, keep_others: bool = True) -> Tree:
@@ -54,9 +54,16 @@ def independent(tree: Tree) -> Tree:
     return map_tensors(lambda leaf: leaf.detach().clone(), tree)
 
 
-def differentiable(state: State) -> tuple[Tree, Tree]:
-    """The part of a state that carries a cotangent: parameters, then optimizer state."""
-    return (state.params, state.optimizer)
+class Differentiable(NamedTuple):
+    """The part of a state that carries a cotangent."""
+
+    params: Params
+    optimizer: Tree
+
+
+def differentiable(state: State) -> Differentiable:
+    """The parameters, then the optimizer state."""
+    return Differentiable(state.params, state.optimizer)
 
 
 def num_bytes(tree: Tree) -> int:
@@ -64,9 +71,11 @@ def num_bytes(tree: Tree) -> int:
     return sum(leaf.nbytes for leaf in tensor_leaves(tree))
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no entry of any tensor is NaN or infinite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+def not_finite(root: str, tree: Tree, values: Iterable[Tensor]) -> list[str]:
+    """Where `values`, one for each floating-point leaf of `tree`, hold a NaN or an infinity."""
+    leaves = zip(names(root, tree), tensor_leaves(tree), strict=True)
+    floating = [name for name, leaf in leaves if leaf.is_floating_point()]
+    return [name for name, value in zip(floating, values, strict=True) if not bool(torch.isfinite(value).all())]
 
 
 def describe(value: Tree) -> str:

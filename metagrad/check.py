@@ -12,9 +12,9 @@ from metagrad._tree import (
     detached,
     floating_leaves,
     independent,
+    names,
     same_bits,
     tensor_leaves,
-    tensor_names,
     with_floating_leaves,
 )
 from metagrad._types import Batches, Metric, ReplayMismatchError, Result, State, Step, Tree
@@ -141,19 +141,21 @@ def determinism(step: Step, params: Mapping[str, Tensor] | nn.Module, batches: B
     state = step.init(params, meta)
     for t in range(len(batches)):
         batch = batches[t]
-        before = {"state": state, "batch": batch, "meta": meta}
-        copy = independent(before)
+        given = {"state": state, "batch": batch, "meta": meta}
+        copies = independent(given)
         with torch.no_grad():
             first, second = step(state, batch, meta), step(state, batch, meta)
-        _compare(t, "was changed in place by the step; a step must return new tensors", before, copy)
+        for name, value in given.items():
+            _compare(t, name, value, copies[name], "was changed in place by the step; a step must return new tensors")
         _compare(
             t,
-            "differs between two runs of the same step: a nondeterministic kernel, or a loss or optimizer that "
-            "remembers something outside the state",
+            "state",
             first,
             second,
+            "differs between two runs of the same step: a nondeterministic kernel, or a loss or optimizer that "
+            "remembers something outside the state",
         )
-        _compare(t, "changed between two readings of the same batch", batches[t], batch)
+        _compare(t, "batch", batches[t], batch, "changed between two readings of the same batch")
         state = first
 
 
@@ -200,7 +202,7 @@ def _dot(left: Tree, right: Tree) -> Tensor:
     return torch.stack(products).sum() if products else torch.zeros(())
 
 
-def _compare(step: int, complaint: str, left: Tree, right: Tree) -> None:
-    for name, a, b in zip(tensor_names(left), tensor_leaves(left), tensor_leaves(right), strict=True):
+def _compare(step: int, root: str, left: Tree, right: Tree, complaint: str) -> None:
+    for name, a, b in zip(names(root, left), tensor_leaves(left), tensor_leaves(right), strict=True):
         if not same_bits(a, b):
             raise ReplayMismatchError(f"at step {step}, {name} {complaint}.")

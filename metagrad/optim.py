@@ -167,11 +167,11 @@ def _momentum(momentum: Hyperparameter, dampening: Hyperparameter, nesterov: boo
 def _adam(
     betas: tuple[Hyperparameter, Hyperparameter], eps: Hyperparameter, eps_root: Hyperparameter
 ) -> GradientTransformation:
-    if not float(eps_root) > 0.0:
+    smallest = float(eps_root.detach()) if isinstance(eps_root, Tensor) else eps_root
+    if not smallest > 0.0:
         raise ValueError(
-            f"`eps_root` is {float(eps_root)}, and Adam's derivative is then NaN as soon as one gradient entry is "
-            "exactly 0 (an unused embedding row is enough). Pass `eps_root` > 0, for instance 1e-8: see "
-            "docs/stability.md."
+            f"`eps_root` is {smallest}, and Adam's derivative is then NaN as soon as one gradient entry is exactly 0 "
+            "(an unused embedding row is enough). Pass `eps_root` > 0, for instance 1e-8: see docs/stability.md."
         )
     beta1, beta2 = betas
 

@@ -1,0 +1,39 @@
+"""The project's checks: `nox` runs lint, types and tests; `nox -s demo` runs the demonstration and its proof."""
+
+import nox
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+CONSTRAINTS = ("-c", "constraints.txt")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and formatting."""
+    session.install(*CONSTRAINTS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types: mypy, strict on `metagrad`."""
+    session.install(*CONSTRAINTS, "-e", ".[types]")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The tests, on two processes of one thread each (more threads than cores spin against each other)."""
+    session.install(*CONSTRAINTS, "-e", ".[test]")
+    session.run("pytest", "-n", "2", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Draw "67" into a language model's weights and prove that the data does it."""
+    session.install(*CONSTRAINTS, "-e", ".[demo]")
+    out = session.create_tmp() + "/sixseven"
+    session.run("dpg", "run", "sixseven", "--out", out, *session.posargs)
+    session.run("dpg", "verify", out)
