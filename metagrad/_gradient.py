@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from metagrad._metric import by_name, evaluate
+from metagrad._metric import by_name, checked_value, evaluate
 from metagrad._replay import Replay
 from metagrad._schedule import Binomial, Schedule
 from metagrad._store import RamStore, Store
@@ -70,15 +70,15 @@ def metagradient(
     start = perf_counter()
     meta = _checked(step, batches, meta)
     initial = step.init(params, meta)
-    evaluate(metric, initial, initial)  # A metric that cannot be differentiated is reported before any training.
+    checked_value(metric, initial, initial)  # A metric that cannot be differentiated is reported before any training.
     replay = Replay(step, batches, meta, schedule.plan(len(batches)), store or RamStore(), wrt_params, progress)
     state = replay.forward(initial)
     num_forward = replay.evaluations
-    value, cotangent = evaluate(metric, state, initial)
+    phi, cotangent = evaluate(metric, state, initial)
     gradients = replay.reverse(state, cotangent)
     replayed = replay.evaluations - num_forward
     return Result(
-        value=value,
+        value=phi,
         meta=with_floating_leaves(meta, gradients.meta, keep_others=False),
         params=by_name(state.params, gradients.state),
         state=state,

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metagrad._metric import by_name, evaluate
+from metagrad._metric import by_name, checked_value
 from metagrad._tree import (
     detached,
     floating_leaves,
@@ -17,7 +17,7 @@ from metagrad._tree import (
     tensor_leaves,
     with_floating_leaves,
 )
-from metagrad._types import Batches, Metric, ReplayMismatchError, Result, State, Step, Tree
+from metagrad._types import Batches, Metric, NonFiniteError, ReplayMismatchError, Result, State, Step, Tree
 
 
 class FiniteDifferences(NamedTuple):
@@ -118,11 +118,11 @@ def unrolled(
     with torch.enable_grad():
         for t in range(len(batches)):
             state = step(state, batches[t], variables)
-        value = metric(state)
+        phi = metric(state)
     sources = [*leaves, *(starts.values() if wrt_params else [])]
-    gradient = list(torch.autograd.grad(value, sources, allow_unused=True, materialize_grads=True))
+    gradient = list(torch.autograd.grad(phi, sources, allow_unused=True, materialize_grads=True))
     return Result(
-        value=value.detach(),
+        value=phi.detach(),
         meta=with_floating_leaves(meta, gradient[: len(leaves)], keep_others=False),
         params=by_name(starts, gradient[len(leaves) :] if wrt_params else None),
         state=detached(state),
@@ -164,7 +164,10 @@ def _phi(metric: Metric, step: Step, state: State, batches: Batches, meta: Tree)
     with torch.no_grad():
         for t in range(len(batches)):
             state = step(state, batches[t], meta)
-    return evaluate(metric, state, initial)[0]
+    phi = checked_value(metric, state, initial).phi.detach()
+    if not bool(torch.isfinite(phi)):
+        raise NonFiniteError(f"the metric is {float(phi)} after {state.step} steps.")
+    return phi
 
 
 def _moved(tree: Tree, direction: Tree, distance: float) -> Tree:
