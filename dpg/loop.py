@@ -7,11 +7,13 @@ that cannot be computed stops the run; the target's end tokens are trained and i
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
+from jaxtyping import Float
 from torch import Tensor
 
 import metagrad as mg
@@ -95,87 +97,104 @@ def train(
     """
     if len(prompts) < config.prompts_per_step:
         raise ValueError(f"{len(prompts)} prompts were given, but every step draws {config.prompts_per_step} of them.")
-    model = generator.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    reference = None
-    if config.kl_coefficient > 0:
-        reference = replace(generator, model=copy.deepcopy(model))
-    devices = [model.device.index] if model.device.type == "cuda" else []
+    policy = Policy.of(generator, config)
+    devices = [generator.model.device.index] if generator.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # The caller's random numbers are left as they were.
         torch.manual_seed(seed)
-        first = 1
         if resume is not None:
-            first = resume.step + 1
-            model.load_state_dict(resume.generator)
-            optimizer.load_state_dict(resume.optimizer)
-            torch.set_rng_state(resume.rng)
-
-        def checkpoint() -> Checkpoint:
-            return Checkpoint(step, model.state_dict(), optimizer.state_dict(), torch.get_rng_state())
-
-        step = first - 1
-        if resume is None and validation is not None:
+            policy.restore(resume)
+        elif validation is not None:
             figures = validate(generator, reward, validation, seed, step=0)
-            on_step(Record(0, figures["phi"], 0.0, 0.0, 0, 0.0, {}, figures), checkpoint)
+            start = Record(0, figures["phi"], 0.0, 0.0, 0, 0.0, {}, figures)
+            on_step(start, partial(policy.checkpoint, 0))
 
-        for step in range(first, config.num_steps + 1):
-            start = perf_counter()
-            chosen = torch.randperm(len(prompts))[: config.prompts_per_step]
-            rollouts = generator.sample([prompts[i] for i in chosen.tolist()], config.group_size)
-            try:
-                scores = reward.score(rollouts.texts, config.group_size)
-            except mg.NonFiniteError as error:
-                raise mg.NonFiniteError(f"GRPO step {step}: {error}") from error
-            grouped = rearrange(scores.rewards, "(prompts group) -> prompts group", group=config.group_size)
-            advantages = group_advantages(grouped, normalize=config.normalize_groups).flatten()
-            kl = improve(generator, reference, optimizer, rollouts, advantages.to(model.device), config, step)
-            seconds = perf_counter() - start
-
-            figures = None
+        for step in range(1 if resume is None else resume.step + 1, config.num_steps + 1):
+            record = grpo_step(policy, prompts, reward, step)
             if validation is not None and (step % validation.every == 0 or step == config.num_steps):
-                figures = validate(generator, reward, validation, seed, step)
-            record = Record(
-                step=step,
-                phi=scores.phi,
-                reward_std=float(scores.rewards.std()),
-                seconds=seconds,
-                num_tokens=int(rollouts.token_mask.sum()),
-                kl=kl,
-                measures=measures(reward, scores.params),
-                validation=figures,
-            )
-            on_step(record, checkpoint)
+                record = record._replace(validation=validate(generator, reward, validation, seed, step))
+            on_step(record, partial(policy.checkpoint, step))
 
 
-def improve(
-    generator: Generator,
-    reference: Generator | None,
-    optimizer: torch.optim.Optimizer,
-    rollouts: Rollouts,
-    advantages: Tensor,
-    config: GrpoConfig,
-    step: int,
-) -> float:
-    """One pass over the rollouts in `config.updates_per_step` optimizer steps; the mean KL to the reference."""
-    with torch.no_grad():
-        old = generator.log_probs(rollouts)
-        start = reference.log_probs(rollouts) if reference is not None else old
-    kls = []
-    for chosen in torch.randperm(len(advantages)).chunk(config.updates_per_step):
-        part = rollouts.rows(chosen)
-        log_probs = generator.log_probs(part)
-        loss = policy_loss(log_probs, old[chosen], advantages[chosen], part.token_mask, config.clip_range)
-        kl = kl_estimate(log_probs, start[chosen], part.token_mask)
-        if reference is not None:
-            loss = loss + config.kl_coefficient * kl
-        if not torch.isfinite(loss):
-            raise mg.NonFiniteError(f"GRPO step {step}: the policy loss is {float(loss)}. Lower the learning rate.")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(generator.model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        kls.append(float(kl.detach()))
-    return sum(kls) / len(kls) if reference is not None else 0.0
+def grpo_step(policy: "Policy", prompts: list[str], reward: MetagradReward, step: int) -> Record:
+    """Write texts, score them, improve the policy."""
+    start, config = perf_counter(), policy.config
+    chosen = torch.randperm(len(prompts))[: config.prompts_per_step]
+    rollouts = policy.generator.sample([prompts[i] for i in chosen.tolist()], config.group_size)
+    try:
+        scores = reward.score(rollouts.texts, config.group_size)
+        grouped = rearrange(scores.rewards, "(prompts group) -> prompts group", group=config.group_size)
+        advantages = group_advantages(grouped, normalize=config.normalize_groups).flatten()
+        kl = policy.improve(rollouts, advantages.to(rollouts.token_ids.device))
+    except (mg.NonFiniteError, ValueError) as error:
+        raise type(error)(f"GRPO step {step}: {error}") from error
+    return Record(
+        step=step,
+        phi=scores.phi,
+        reward_std=float(scores.rewards.std()),
+        seconds=perf_counter() - start,
+        num_tokens=int(rollouts.token_mask.sum()),
+        kl=kl,
+        measures=measures(reward, scores.params),
+        validation=None,
+    )
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The generator, how it learns, and the frozen copy that it must not stray from (None without a KL penalty)."""
+
+    generator: Generator
+    reference: Generator | None
+    optimizer: torch.optim.Optimizer
+    config: GrpoConfig
+
+    @classmethod
+    def of(cls, generator: Generator, config: GrpoConfig) -> "Policy":
+        """A policy that starts from `generator` as it is."""
+        optimizer = torch.optim.AdamW(generator.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        penalized = config.kl_coefficient > 0
+        reference = replace(generator, model=copy.deepcopy(generator.model)) if penalized else None
+        return cls(generator, reference, optimizer, config)
+
+    def improve(self, rollouts: Rollouts, advantages: Float[Tensor, " rollouts"]) -> float:
+        """One pass over the rollouts in `updates_per_step` optimizer steps; the mean KL to the reference.
+
+        Raises:
+            NonFiniteError: if the generator's gradient is NaN or infinite.
+        """
+        config, parameters = self.config, self.generator.model.parameters
+        with torch.no_grad():
+            old = self.generator.log_probs(rollouts)
+            start = self.reference.log_probs(rollouts) if self.reference is not None else old
+        kls = []
+        for chosen in torch.randperm(len(advantages)).chunk(config.updates_per_step):
+            part = rollouts.rows(chosen)
+            log_probs = self.generator.log_probs(part)
+            loss = policy_loss(log_probs, old[chosen], advantages[chosen], part.token_mask, config.clip_range)
+            if self.reference is not None:
+                kl = kl_estimate(log_probs, start[chosen], part.token_mask)
+                loss = loss + config.kl_coefficient * kl
+                kls.append(float(kl.detach()))
+            self.optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters(), config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise mg.NonFiniteError(
+                    f"the generator's gradient is not finite (its loss is {float(loss.detach())}). Lower "
+                    "`learning_rate` or raise `kl_coefficient`."
+                )
+            self.optimizer.step()
+        return sum(kls) / max(len(kls), 1)
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """What `restore` needs to go on after `step`."""
+        return Checkpoint(step, self.generator.model.state_dict(), self.optimizer.state_dict(), torch.get_rng_state())
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put generator, optimizer and random numbers where `checkpoint` left them."""
+        self.generator.model.load_state_dict(checkpoint.generator)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        torch.set_rng_state(checkpoint.rng)
 
 
 def validate(

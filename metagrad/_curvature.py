@@ -23,7 +23,7 @@ def pull_gradient(gradient: Sequence[Tensor], inputs: Sequence[Tensor], gamma: S
     With inputs (θ, z) these are Hγ and (∂²L/∂z∂θ)γ. Exact zeros where g does not depend on an input.
     Cost: two gradients, and about 2.8 times the memory of one.
     """
-    _refuse_missing_derivatives(gradient)
+    refuse_missing_derivatives(gradient)
     connected = [(g, c) for g, c in zip(gradient, gamma, strict=True) if g.requires_grad]
     if not connected or not inputs:
         return [torch.zeros_like(x) for x in inputs]
@@ -100,10 +100,14 @@ def _agrees(
     return not bool(gap > tolerance)
 
 
-def _refuse_missing_derivatives(gradient: Sequence[Tensor]) -> None:
-    """Raise for a gradient made by a once-differentiable function: torch would take its missing derivative as zero."""
+def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:
+    """Raise if `outputs` went through a function that cannot be differentiated again.
+
+    torch leaves the result of a backward marked @once_differentiable without a path to its inputs, and a missing path
+    would be taken as a zero.
+    """
     seen = set()
-    waiting = [g.grad_fn for g in gradient if g.grad_fn is not None]
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
     while waiting:
         node = waiting.pop()
         if node in seen:

@@ -45,12 +45,13 @@ class WeightedLoss:
         lowest, highest = 0, -1
         for step in range(len(batches)):
             batch = batches[step]
-            if not isinstance(batch, dict) or not isinstance(batch.get("index"), Tensor):
+            index = batch.get("index") if isinstance(batch, dict) else None
+            if not isinstance(index, Tensor) or index.is_floating_point():
                 raise ValueError(
                     f"`mg.weighted` reads batch['index'], the index of each example's weight, but batch {step} is "
                     f"{describe(batch)}. Add an integer tensor of shape (examples,) under the key 'index'."
                 )
-            lowest, highest = min(lowest, int(batch["index"].min())), max(highest, int(batch["index"].max()))
+            lowest, highest = min(lowest, int(index.min())), max(highest, int(index.max()))
         if lowest < 0:
             raise ValueError(f"a batch refers to example {lowest}. Indices count from 0.")
         if highest >= len(weights):
@@ -58,6 +59,11 @@ class WeightedLoss:
                 f"`weights` has {len(weights)} entries, but a batch refers to example {highest}. "
                 f"Pass one weight per training example: shape ({highest + 1},) or longer."
             )
+
+    def can_be_checked(self, batch: Tree, meta: Tree) -> bool:
+        """Whether every example weighs enough for an error in its own term to show in the sum of all."""
+        sizes = meta["weights"][batch["index"]].detach().abs()
+        return bool(sizes.min() > 1e-3 * sizes.max())
 
 
 def weighted(loss: ExampleLoss) -> WeightedLoss:

@@ -71,9 +71,11 @@ class TrainStep:
         A module gives its trainable parameters and all buffers, tied ones once; its frozen parameters stay inside it.
 
         Raises:
-            ValueError: if there is nothing to train, or an entry is not a floating-point tensor.
+            ValueError: if there is nothing to train, an entry is not a floating-point tensor, or a module with
+                parameters or buffers stands in two places.
         """
         if isinstance(params, torch.nn.Module):
+            _refuse_shared_modules(params)
             buffers = dict(params.named_buffers())
             params = {name: p for name, p in params.named_parameters() if p.requires_grad}
         else:
@@ -133,15 +135,17 @@ class TrainStep:
     def vjp(self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool) -> tuple[State, Pull]:
         """The state after one step on `batch`, and the map that pulls its cotangent back (docs/theory.md, eq. 4–6).
 
-        Without `wrt_state` no Hessian product is formed; if besides the loss is `weighted`, one forward-mode pass
-        replaces the second backward. The map can be used once.
+        Without `wrt_state` no Hessian product is formed; if besides the loss is `weighted` and no weight of the batch
+        is (nearly) 0, one forward-mode pass replaces the second backward. The map can be used once.
 
         Cost: 9 forward passes in all (12 with micro-batches); at most 6 where only weights are asked for.
         """
         # Fresh leaves: the cotangent will carry everything that comes after this step.
         params, optimizer, meta = _fresh(state.params), _fresh(state.optimizer), _fresh(meta)
         param_leaves, optimizer_leaves, meta_leaves = map(floating_leaves, (params, optimizer, meta))
-        forward_mode = not wrt_state and isinstance(self.loss, WeightedLoss)
+        # Forward mode is checked against the gradient, in which an example of weight 0 does not appear.
+        linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta)
+        forward_mode = not wrt_state and linear
         keep_graph = self.microbatch_size is None and not forward_mode
 
         def total(contribution: Contribution, params: Params = params) -> list[Tensor]:
@@ -231,6 +235,19 @@ def _gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor]:
             loss, list(params.values()), create_graph=keep_graph, allow_unused=True, materialize_grads=True
         )
     )
+
+
+def _refuse_shared_modules(module: torch.nn.Module) -> None:
+    """Raise for a submodule with two names: torch.func.functional_call would leave changed parameters in it."""
+    first: dict[torch.nn.Module, str] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        holds_state = next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
+        if child in first and holds_state:
+            raise ValueError(
+                f"the submodules {first[child]!r} and {name!r} are one object, which torch.func.functional_call cannot "
+                "handle. Share its parameters instead (b.weight = a.weight), or call one module twice."
+            )
+        first.setdefault(child, name)
 
 
 def _check_gradient(params: Params, gradient: Sequence[Tensor], step: int) -> None:

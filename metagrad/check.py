@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metagrad._curvature import refuse_missing_derivatives
 from metagrad._metric import by_name, checked_value
 from metagrad._tree import (
     detached,
@@ -119,6 +120,7 @@ def unrolled(
         for t in range(len(batches)):
             state = step(state, batches[t], variables)
         phi = metric(state)
+    refuse_missing_derivatives([phi])
     sources = [*leaves, *(starts.values() if wrt_params else [])]
     gradient = list(torch.autograd.grad(phi, sources, allow_unused=True, materialize_grads=True))
     return Result(

@@ -1,0 +1,155 @@
+"""Sampling and log-probabilities are those of each continuation alone, whatever the batch and the model's defaults."""
+
+import pytest
+import torch
+from dpg_problems import END, LETTERS, MODELS, generator, gpt2, ids_of, letters, written_log_probs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from dpg.generator import Generator
+
+PROMPTS = ["abcde", "k", "hg", "fff"]
+
+
+def sampled(chosen, seed=0, prompts=PROMPTS, group_size=3):
+    torch.manual_seed(seed)
+    return chosen.sample(prompts, group_size)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("family", MODELS)
+def test_log_probs_are_those_of_each_rollout_alone(family, temperature):
+    chosen = Generator(MODELS[family](), letters(), max_prompt_tokens=4, max_new_tokens=6, temperature=temperature)
+    rollouts = sampled(chosen)
+    assert not rollouts.prompt_mask.all() and not rollouts.token_mask.all()  # There is padding on both sides.
+    log_probs = chosen.log_probs(rollouts)
+    assert log_probs.shape == rollouts.token_ids.shape
+    for row in range(len(rollouts.texts)):
+        alone = written_log_probs(chosen, rollouts, row)
+        torch.testing.assert_close(log_probs[row][rollouts.token_mask[row]], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_log_probs_have_the_gradient_of_each_rollout_alone(family):
+    chosen = Generator(MODELS[family](), letters(), max_new_tokens=4)
+    rollouts = sampled(chosen)
+    total = (chosen.log_probs(rollouts) * rollouts.token_mask).sum()
+    alone = sum(written_log_probs(chosen, rollouts, row).sum() for row in range(len(rollouts.texts)))
+    weights = list(chosen.model.parameters())
+    # A Llama's norms compute in float32, and their gradients with them.
+    tolerance = {"gpt2": 1e-12, "llama": 1e-5}[family]
+    for batched, single in zip(torch.autograd.grad(total, weights), torch.autograd.grad(alone, weights), strict=True):
+        torch.testing.assert_close(batched, single, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_cold_generator_writes_the_most_likely_token_of_each_prompt_alone(family):
+    chosen = Generator(MODELS[family](3), letters(), max_prompt_tokens=4, max_new_tokens=5, temperature=1e-6)
+    rollouts = sampled(chosen, group_size=1)
+    for row, prompt in enumerate(PROMPTS):
+        ids = ids_of(prompt)[:4]
+        start = len(ids)
+        while len(ids) < start + 5 and ids[-1] != END:
+            ids.append(int(chosen.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert rollouts.token_ids[row][rollouts.token_mask[row]].tolist() == ids[start:]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_first_tokens_are_as_frequent_as_the_softmax_says(temperature):
+    model = gpt2(spread=0.2)
+    model.generation_config = GenerationConfig(top_k=2, top_p=0.3, temperature=7.0, repetition_penalty=3.0)
+    chosen = Generator(model, letters(), max_new_tokens=1, temperature=temperature)
+    num_samples = 6000
+    written = sampled(chosen, prompts=["k", "abc"], group_size=num_samples).token_ids[num_samples:]
+    counts = torch.bincount(written.flatten(), minlength=END + 1)
+    expected = num_samples * (model(torch.tensor([[0, 1, 2]])).logits[0, -1] / temperature).softmax(dim=0).detach()
+    assert expected.min() > 5 and counts.min() > 0
+    # χ² with 11 degrees of freedom is above 51 once in two million times.
+    assert float(((counts - expected) ** 2 / expected).sum()) < 51
+
+
+@pytest.mark.parametrize(
+    "defaults",
+    [
+        {"top_k": 2},
+        {"top_p": 0.2},
+        {"temperature": 9.0},
+        {"repetition_penalty": 5.0},
+        {"do_sample": False},
+        {"min_p": 0.5},
+        {"typical_p": 0.2},
+        {"epsilon_cutoff": 0.2},
+        {"eta_cutoff": 0.2},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [0, 1, 2, 3]},
+        {"begin_suppress_tokens": [0, 1, 2, 3]},
+        {"bad_words_ids": [[4], [5]]},
+        {"sequence_bias": [[[6], -10.0]]},
+        {"min_new_tokens": 5},
+        {"exponential_decay_length_penalty": [0, 3.0]},
+        {"forced_eos_token_id": END},
+        {"num_beams": 2},
+        {"num_return_sequences": 2, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_no_default_of_the_model_reaches_the_distribution(defaults):
+    wanted = sampled(generator(max_new_tokens=5))
+    model = gpt2(1)
+    model.generation_config.update(**defaults)
+    rollouts = sampled(Generator(model, letters(), 4, 5))
+    assert torch.equal(rollouts.token_ids, wanted.token_ids)
+
+
+@settings(max_examples=25)
+@given(prompts=st.lists(st.text(LETTERS, min_size=1, max_size=6), min_size=1, max_size=5), group_size=st.integers(1, 3))
+def test_prompts_keep_their_order_and_their_texts_stand_together(prompts, group_size):
+    rollouts = sampled(generator(), prompts=prompts, group_size=group_size)
+    assert len(rollouts.texts) == len(prompts) * group_size
+    for row in range(len(rollouts.texts)):
+        ids, mask = rollouts.prompt_ids[row], rollouts.prompt_mask[row].tolist()
+        assert ids[rollouts.prompt_mask[row]].tolist() == ids_of(prompts[row // group_size])[:4]
+        assert mask == sorted(mask)  # Padding stands on the left.
+
+
+def test_a_rollout_ends_with_its_first_end_token():
+    rollouts = sampled(generator(max_new_tokens=12), group_size=20)
+    lengths = set()
+    for row, text in enumerate(rollouts.texts):
+        written = rollouts.token_ids[row].tolist()
+        length = written.index(END) + 1 if END in written else len(written)
+        lengths.add(length)
+        assert rollouts.token_mask[row].tolist() == [i < length for i in range(len(written))]
+        assert text == "".join(LETTERS[token] for token in written[:length] if token != END)
+    assert len(lengths) > 4 and rollouts.token_mask[:, -1].any()  # Some were cut, the others ended anywhere.
+
+
+def test_rows_are_rollouts():
+    rollouts = sampled(generator())
+    some = rollouts.rows(torch.tensor([4, 1]))
+    assert some.texts == [rollouts.texts[4], rollouts.texts[1]]
+    for part, whole in zip(some[:4], rollouts[:4], strict=True):
+        assert torch.equal(part, torch.stack([whole[4], whole[1]]))
+
+
+def test_equal_seeds_give_equal_bits():
+    first, second, other = (sampled(generator(), seed) for seed in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True)) and first.texts == second.texts
+    assert first.texts != other.texts
+
+
+def test_the_model_is_in_evaluation_mode():
+    assert not Generator(gpt2().train(), letters()).model.training
+
+
+@pytest.mark.parametrize("empty", ["", "xyz"])
+def test_a_prompt_without_a_token_is_named(empty):
+    with pytest.raises(ValueError, match=f"prompt {empty!r} holds no token"):
+        generator().sample(["abc", empty])
+
+
+def test_a_tokenizer_without_an_end_token():
+    without = PreTrainedTokenizerFast(tokenizer_object=letters().backend_tokenizer)
+    with pytest.raises(ValueError, match="no end-of-sequence token"):
+        Generator(gpt2(), without)

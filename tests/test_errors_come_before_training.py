@@ -1,0 +1,185 @@
+"""Every ValueError: what was given, what to do, and no step run before it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import metagrad as mg
+
+
+@dataclass
+class Squares:
+    """A per-example loss that counts its calls."""
+
+    calls: int = field(default=0)
+
+    def __call__(self, params, batch):
+        self.calls += 1
+        return (params["w"] * batch["x"]) ** 2
+
+
+def batch(size=3, **changes):
+    return {"x": torch.linspace(1, 2, size), "index": torch.arange(size), **changes}
+
+
+def run(loss, **changes: Any):
+    arguments = {
+        "metric": lambda state: state.params["w"] ** 2,
+        "step": mg.TrainStep(mg.weighted(loss), mg.optim.sgd(0.1)),
+        "params": {"w": torch.tensor(0.5)},
+        "batches": [batch(), batch()],
+        "meta": {"weights": torch.ones(3)},
+    }
+    return mg.metagradient(**{**arguments, **changes})
+
+
+def without_index():
+    return {"x": torch.ones(2)}
+
+
+def frozen():
+    return nn.Linear(1, 1).requires_grad_(False)
+
+
+TABLE = {
+    "too few weights": (
+        {"meta": {"weights": torch.ones(5)}, "batches": [batch(), batch(index=torch.tensor([0, 7, 2]))]},
+        r"`weights` has 5 entries.*example 7.*shape \(8,\)",
+    ),
+    "no weights": ({"meta": {"lr": torch.ones(())}}, r"meta\['weights'\].*'lr'.*torch\.ones\(num_examples\)"),
+    "meta is not a dict": ({"meta": torch.ones(3)}, r"meta\['weights'\].*float64 tensor of shape \(3,\)"),
+    "weights of two axes": ({"meta": {"weights": torch.ones(3, 1)}}, r"1-dimensional.*shape \(3, 1\)"),
+    "integer weights": ({"meta": {"weights": torch.ones(3, dtype=torch.int64)}}, r"floating-point.*int64"),
+    "no index": ({"batches": [batch(), without_index()]}, r"batch\['index'\].*batch 1 is \{'x'.*integer tensor"),
+    "a batch that is no dict": ({"batches": [torch.ones(2)]}, r"batch\['index'\].*batch 0 is a float64 tensor"),
+    "negative index": ({"batches": [batch(index=torch.tensor([0, -1, 2]))]}, r"example -1.*count from 0"),
+    "no batches": ({"batches": []}, "`batches` is empty.*at least one batch"),
+    "an empty batch": ({"batches": [batch(), batch(0)]}, r"batch 1 holds no examples.*shape \(0,\)"),
+    "no parameters": ({"params": {}}, "no parameters to train.*non-empty dict"),
+    "a frozen module": ({"params": frozen()}, "no parameters to train.*not frozen"),
+    "integer parameters": ({"params": {"w": torch.tensor(1)}}, "parameter 'w' is a int64 tensor.*floating-point"),
+    "a parameter that is a number": ({"params": {"w": 1.0}}, "parameter 'w' is a float,.*floating-point tensors"),
+    "a metric of two numbers": (
+        {"metric": lambda s: s.params["w"] * torch.ones(2)},
+        r"shape \(2,\).*scalar, shape \(\)",
+    ),
+    "a metric that is a number": (
+        {"metric": lambda s: s.params["w"].item()},
+        "returned a float.*floating-point scalar",
+    ),
+    "an integer metric": ({"metric": lambda s: s.params["w"].long()}, "returned a int64 tensor.*floating-point"),
+    "a metric of nothing": ({"metric": lambda s: torch.ones(())}, "does not depend on the parameters.*state.params"),
+    "a metric under no_grad": (
+        {"metric": torch.no_grad()(lambda s: s.params["w"] ** 2)},
+        "does not depend on the parameters.*functional_call",
+    ),
+}
+
+
+@pytest.mark.parametrize("changes, message", TABLE.values(), ids=TABLE.keys())
+def test_refused_before_the_first_step(changes, message):
+    loss = Squares()
+    with pytest.raises(ValueError, match=message):
+        run(loss, step=mg.TrainStep(mg.weighted(loss), mg.optim.sgd(0.1)), **changes)
+    assert loss.calls == 0
+
+
+@pytest.mark.parametrize("name", [name for name, (changes, _) in TABLE.items() if "metric" not in changes])
+def test_train_refuses_the_same(name):
+    changes, message = TABLE[name]
+    loss = Squares()
+    arguments = {"params": {"w": torch.tensor(0.5)}, "batches": [batch()], "meta": {"weights": torch.ones(3)}}
+    with pytest.raises(ValueError, match=message):
+        mg.train(mg.TrainStep(mg.weighted(loss), mg.optim.sgd(0.1)), **{**arguments, **changes})
+    assert loss.calls == 0
+
+
+# What a loss returns is known when it is first called: the run stops there.
+
+FIRST_CALL = {
+    "scalar, cut": (lambda losses: losses.mean(), {"microbatch_size": 2}, "scalar.*`microbatch_size`.*per example"),
+    "two axes": (lambda losses: losses[:, None], {}, r"loss has shape \(3, 1\).*shape \(examples,\), or a scalar"),
+    "wrong length": (lambda losses: losses[:1], {"microbatch_size": 2}, r"loss has shape \(1,\).*shape \(2,\)"),
+    "no loss at all": (lambda losses: losses[:0], {}, r"loss has shape \(0,\)"),
+    "detached": (lambda losses: losses.detach(), {}, "does not depend on the parameters.*functional_call"),
+}
+
+
+@pytest.mark.parametrize("change, options, message", FIRST_CALL.values(), ids=FIRST_CALL.keys())
+def test_refused_at_the_first_call_of_the_loss(change, options, message):
+    loss = Squares()
+    step = mg.TrainStep(lambda p, b, meta: change(loss(p, b)), mg.optim.sgd(0.1), **options)
+    with pytest.raises(ValueError, match=message):
+        run(loss, step=step)
+    assert loss.calls == 1
+
+
+def test_a_batch_that_cannot_be_cut_is_described():
+    loss = Squares()
+    step = mg.TrainStep(mg.weighted(loss), mg.optim.sgd(0.1), microbatch_size=2)
+    with pytest.raises(
+        ValueError, match=r"`microbatch_size=2`.*'scale': a float64 tensor of shape \(\).*one entry per"
+    ):
+        run(loss, step=step, batches=[batch(scale=torch.ones(()))])
+    assert loss.calls == 0
+
+
+def test_a_weighted_loss_must_have_one_entry_per_example():
+    """A mean under `weighted` would give every example the same gradient."""
+    with pytest.raises(ValueError, match=r"loss.*shape \(\).*per example"):
+        run(Squares(), step=mg.TrainStep(mg.weighted(lambda p, b: ((p["w"] * b["x"]) ** 2).mean()), mg.optim.sgd(0.1)))
+
+
+def test_a_floating_point_index_is_refused():
+    loss = Squares()
+    with pytest.raises(ValueError, match="'index'.*integer tensor"):
+        run(loss, batches=[batch(index=torch.tensor([0.0, 1.0, 2.0]))])
+    assert loss.calls == 0
+
+
+def test_a_module_in_two_places_is_refused():
+    shared = torch.nn.Linear(2, 2)
+    step = mg.TrainStep(Squares(), mg.optim.sgd(0.1))
+    with pytest.raises(ValueError, match="'0' and '2' are one object.*b.weight = a.weight"):
+        step.init(torch.nn.Sequential(shared, torch.nn.Tanh(), shared), {})
+    step.init(torch.nn.Sequential(shared, tanh := torch.nn.Tanh(), torch.nn.Linear(2, 2), tanh), {})
+
+
+OPTIONS = {
+    "microbatch_size of 0": (
+        lambda: mg.TrainStep(Squares(), mg.optim.sgd(1.0), microbatch_size=0),
+        "`microbatch_size` is 0.*at least 1",
+    ),
+    "clip_norm of 0": (
+        lambda: mg.TrainStep(Squares(), mg.optim.sgd(1.0), clip_norm=0.0),
+        "`clip_norm` is 0.0.*above 0",
+    ),
+    "clip_norm of -1": (lambda: mg.TrainStep(Squares(), mg.optim.sgd(1.0), clip_norm=-1.0), "`clip_norm` is -1.0"),
+    "clip_norm of NaN": (
+        lambda: mg.TrainStep(Squares(), mg.optim.sgd(1.0), clip_norm=float("nan")),
+        "`clip_norm` is nan",
+    ),
+    "no slots": (lambda: mg.Binomial(slots=0), "`slots` is 0.*1 or more"),
+    "nesterov alone": (lambda: mg.optim.sgd(0.1, nesterov=True), "nesterov=True.*momentum=0.*momentum above 0"),
+    "adam without eps_root": (lambda: mg.optim.adam(0.1, eps_root=0.0), "`eps_root` is 0.0.*NaN.*1e-8"),
+    "adamw without eps_root": (lambda: mg.optim.adamw(0.1, eps_root=0.0), "`eps_root` is 0.0.*NaN.*1e-8"),
+    "negative eps_root": (lambda: mg.optim.adam(0.1, eps_root=-1e-8), "`eps_root` is -1e-08"),
+    "tensor eps_root": (lambda: mg.optim.adam(0.1, eps_root=torch.tensor(0.0)), "`eps_root` is 0.0"),
+}
+
+
+@pytest.mark.parametrize("build, message", OPTIONS.values(), ids=OPTIONS.keys())
+def test_refused_when_it_is_built(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_an_eps_root_of_zero_in_meta_is_refused_before_training():
+    loss = Squares()
+    step = mg.TrainStep(mg.weighted(loss), lambda meta: mg.optim.adam(0.1, eps_root=meta["eps_root"]))
+    with pytest.raises(ValueError, match="`eps_root` is 0.0"):
+        run(loss, step=step, meta={"weights": torch.ones(3), "eps_root": torch.tensor(0.0)})
+    assert loss.calls == 0

@@ -1,0 +1,62 @@
+"""`metagrad` stands alone, and its modules import one way only."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import metagrad
+
+ROOT = Path(metagrad.__file__).parent
+
+
+def imported_by(path: Path) -> set[str]:
+    """Every module that a file imports, anywhere in it; `from metagrad import x` counts as metagrad.x."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            names.update(
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "metagrad" else [node.module]
+            )
+    return names
+
+
+MODULES = {path.stem: imported_by(path) for path in ROOT.glob("*.py") if path.stem != "__init__"}
+OURS = {name: {i.split(".")[1] for i in imports if i.split(".")[0] == "metagrad"} for name, imports in MODULES.items()}
+
+
+def reached_from(name: str) -> set[str]:
+    """All modules of ours that a module needs, directly or not."""
+    return OURS[name].union(*(reached_from(other) for other in OURS[name]))
+
+
+def test_metagrad_imports_no_application():
+    code = "import metagrad, sys; print(*{'transformers', 'datasets', 'dpg', 'trl'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_imports_form_no_cycle():
+    order = list(TopologicalSorter(OURS).static_order())
+    assert order.index("_types") < order.index("_tree") < order.index("_step") < order.index("_gradient")
+
+
+def test_planning_knows_no_tensor():
+    assert OURS["_schedule"] == set()
+    assert {name.split(".")[0] for name in MODULES["_schedule"]} <= sys.stdlib_module_names
+
+
+def test_the_referee_does_not_play():
+    assert not reached_from("check") & {"_replay", "_gradient", "_schedule", "_store", "_curvature"}
+
+
+def test_the_replay_knows_neither_step_nor_loss():
+    assert reached_from("_replay") <= {"_schedule", "_store", "_tree", "_types"}
+
+
+def test_every_public_name_exists():
+    assert all(hasattr(metagrad, name) for name in metagrad.__all__)

@@ -1,0 +1,89 @@
+"""With one step and weights only, no second-order backward is formed: one forward-mode pass replaces it."""
+
+import pytest
+import torch
+from agreement import relative_error
+from torch.autograd.function import once_differentiable
+
+import metagrad as mg
+
+
+class Cube(torch.autograd.Function):
+    """x³ with a backward that cannot itself be differentiated, and a forward-mode derivative."""
+
+    @staticmethod
+    def forward(x):
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * tangent
+
+
+def arguments(cube, num_steps=1, **options):
+    step = mg.TrainStep(mg.weighted(lambda p, b: cube(p["w"] * b["x"])), mg.optim.adam(0.1), **options)
+    batch = {"x": torch.tensor([1.0, -0.5, 2.0]), "index": torch.tensor([2, 0, 1])}
+    meta = {"weights": torch.tensor([1.0, 0.5, 2.0])}
+    return lambda state: state.params["w"] ** 2, step, {"w": torch.tensor(0.7)}, [batch] * num_steps, meta
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch_size": 2}, {"clip_norm": 0.1}])
+def test_one_step_works_without_a_second_derivative(options):
+    result = mg.metagradient(*arguments(Cube.apply, **options))
+    exact = mg.check.unrolled(*arguments(lambda x: x**3, **options))
+    assert relative_error(result.meta["weights"], exact.meta["weights"]) <= 1e-14
+
+
+def test_the_initial_parameters_need_one():
+    """torch leaves a once-differentiable gradient without a path to its inputs; that must not read as a zero."""
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        mg.metagradient(*arguments(Cube.apply), wrt_params=True)
+
+
+def test_an_earlier_step_needs_one():
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        mg.metagradient(*arguments(Cube.apply, num_steps=2))
+
+
+def test_the_loss_is_evaluated_twice_for_one_step():
+    """Once for the step and its gradient, once in forward mode."""
+    calls = []
+
+    def counted(x):
+        calls.append(x)
+        return x**3
+
+    mg.metagradient(*arguments(counted))
+    assert len(calls) == 2
+
+
+class Square(torch.autograd.Function):
+    """x² with a differentiable backward, and no forward-mode derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_without_forward_mode_a_second_backward_takes_its_place_and_says_so():
+    with pytest.warns(UserWarning, match="forward mode does not work for this loss.*second backward pass"):
+        result = mg.metagradient(*arguments(Square.apply))
+    exact = mg.check.unrolled(*arguments(lambda x: x**2))
+    assert relative_error(result.meta["weights"], exact.meta["weights"]) <= 1e-14
