@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -42,7 +43,8 @@ def run(
     settings = replace(chosen.settings, seed=seed, generator=generator, target=target, prompts=prompts)
     path = out or Path("runs") / f"{experiment}-{seed}"
     start = time.perf_counter()
-    run_experiment(chosen, settings.override(set_ or []), path, resume=resume)
+    command = shlex.join(["dpg", *(argument for argument in sys.argv[1:] if argument != "--resume")])
+    run_experiment(chosen, settings.override(set_ or []), path, resume=resume, command=command)
     print(f"finished in {time.perf_counter() - start:.0f} s: see {path / 'report.md'}")
 
 
@@ -80,9 +82,6 @@ def main() -> None:
             raise
         print(f"dpg: {_message(error)}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("dpg: interrupted", file=sys.stderr)
-        sys.exit(130)
 
 
 def _message(error: Exception) -> str:

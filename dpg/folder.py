@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from dpg.loop import Checkpoint, Record
+from dpg.records import Checkpoint, Record
 
 
 class RunFolderError(Exception):
@@ -90,8 +90,9 @@ class RunFolder:
             file.write(json.dumps(line) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """The lines of `metrics.jsonl`, without a last one that a kill left unfinished."""
+        text = (self.path / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def write_texts(self, name: str, texts: Iterable[str]) -> None:
         """One `{"text": ...}` a line."""

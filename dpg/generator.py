@@ -1,5 +1,7 @@
 """The language model that writes the texts: batched sampling, and the log-probability of what it wrote."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -55,6 +57,11 @@ class Generator:
 
     def __post_init__(self) -> None:
         self.model.eval()
+        if min(self.max_prompt_tokens, self.max_new_tokens) < 1 or not self.temperature > 0:
+            raise ValueError(
+                f"`max_prompt_tokens` {self.max_prompt_tokens} and `max_new_tokens` {self.max_new_tokens} must be at "
+                f"least 1, and `temperature` {self.temperature} above 0."
+            )
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the generator's tokenizer has no end-of-sequence token. Set `tokenizer.eos_token`.")
 
@@ -63,8 +70,10 @@ class Generator:
         """`group_size` continuations of every prompt, drawn with torch's global random numbers.
 
         Raises:
-            ValueError: for a prompt without any token, naming it.
+            ValueError: for no prompts, or a prompt without any token, naming it.
         """
+        if not prompts:
+            raise ValueError("there are no prompts to continue. Pass at least one.")
         end = self.tokenizer.eos_token_id
         rows = [ids[: self.max_prompt_tokens] for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
         if empty := [prompt for prompt, ids in zip(prompts, rows, strict=True) if not ids]:
@@ -74,9 +83,11 @@ class Generator:
         lengths = torch.tensor([[len(ids)] for ids in rows], device=self.model.device)
         mask = torch.arange(longest, device=self.model.device) >= longest - lengths
         padded, mask = (repeat(t, "prompts tokens -> (prompts group) tokens", group=group_size) for t in (padded, mask))
-        written = self.model.generate(input_ids=padded, attention_mask=mask.long(), generation_config=self._sampling())[
-            :, longest:
-        ]
+        with _without_defaults(self.model):
+            output = self.model.generate(
+                input_ids=padded, attention_mask=mask.long(), generation_config=self._sampling()
+            )
+        written = output[:, longest:]
         ended = (written == end).long()
         alive = ended.cumsum(dim=1) - ended == 0  # Up to and including the first end token.
         texts = self.tokenizer.batch_decode(
@@ -103,7 +114,6 @@ class Generator:
         return -rearrange(losses, "(rollouts tokens) -> rollouts tokens", rollouts=len(mask))
 
     def _sampling(self) -> GenerationConfig:
-        # Every field that shapes the distribution is set: a model's own defaults (top_k = 50) would bias the policy.
         return GenerationConfig(
             do_sample=True,
             temperature=self.temperature,
@@ -114,3 +124,14 @@ class Generator:
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id,
         )
+
+
+@contextmanager
+def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
+    """`generate` without the model's own generation settings: they bias what is sampled, unseen by `log_probs`."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own

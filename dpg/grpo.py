@@ -16,7 +16,8 @@ class GrpoConfig:
         num_steps: GRPO steps.
         prompts_per_step: prompts sampled at each step.
         group_size: continuations of each prompt.
-        learning_rate: of AdamW on the generator.
+        learning_rate: of AdamW on the generator, at the first step.
+        final_learning_rate: at the last step, linear in between; None to stay constant.
         updates_per_step: optimizer updates that share a step's rollouts.
         clip_range: how far a token's probability ratio may move the loss.
         kl_coefficient: weight of the penalty for leaving the initial generator; 0 keeps no copy of it.
@@ -28,6 +29,7 @@ class GrpoConfig:
     prompts_per_step: int = 64
     group_size: int = 4
     learning_rate: float = 1e-3
+    final_learning_rate: float | None = None
     updates_per_step: int = 1
     clip_range: float = 0.2
     kl_coefficient: float = 0.0
@@ -42,6 +44,21 @@ class GrpoConfig:
         if min(self.num_steps, self.prompts_per_step, self.updates_per_step) < 1:
             raise ValueError("`num_steps`, `prompts_per_step` and `updates_per_step` must be at least 1.")
 
+    def check(self, prompts: list[str]) -> None:
+        """Raise a ValueError if there are fewer `prompts` than a step draws."""
+        if len(prompts) < self.prompts_per_step:
+            raise ValueError(
+                f"{len(prompts)} prompts were given to train on, but every step draws {self.prompts_per_step} of them. "
+                "Give more, or a smaller `prompts_per_step`."
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 1."""
+        if self.final_learning_rate is None or self.num_steps == 1:
+            return self.learning_rate
+        done = (step - 1) / (self.num_steps - 1)
+        return self.learning_rate + done * (self.final_learning_rate - self.learning_rate)
+
 
 def group_advantages(rewards: Float[Tensor, "prompts group"], *, normalize: bool) -> Float[Tensor, "prompts group"]:
     """Each reward minus the mean reward of its prompt, in units of the batch's spread.
@@ -55,10 +72,10 @@ def group_advantages(rewards: Float[Tensor, "prompts group"], *, normalize: bool
     Raises:
         ValueError: if all rewards are equal, which leaves nothing to learn from.
     """
-    spread = rewards.std()
+    spread = rewards.double().std()  # The square of a reward of 1e-20 is no float32.
     if not spread > 0:
         raise ValueError(f"all {rewards.numel()} rewards are {float(rewards.flatten()[0])}: nothing can be learned.")
-    centred = (rewards - reduce(rewards, "prompts group -> prompts 1", "mean")) / spread
+    centred = (rewards - reduce(rewards, "prompts group -> prompts 1", "mean")) / spread.to(rewards.dtype)
     if not normalize:
         return centred
     # A group whose rewards all agree has zero advantages, whatever its scale; 1e-6 is in units of the batch's spread.

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -20,6 +19,7 @@ import metagrad as mg
 from dpg.generator import Generator, Rollouts
 from dpg.grpo import GrpoConfig, group_advantages, kl_estimate, policy_loss
 from dpg.metrics import Params, TargetMetric
+from dpg.records import Checkpoint, Record
 from dpg.reward import MetagradReward
 
 
@@ -37,34 +37,12 @@ class Validation:
     num_texts: int = 1024
     every: int = 10
 
-
-class Record(NamedTuple):
-    """One GRPO step in numbers; `step` counts finished steps, and 0 is the untrained generator.
-
-    Attributes:
-        phi: Φ of the target trained on this step's rollouts; on validation texts at step 0.
-        reward_std: spread of the raw rewards.
-        measures: readable figures of the trained target.
-        validation: `phi` and the figures on fresh texts, where this step was validated.
-    """
-
-    step: int
-    phi: float
-    reward_std: float
-    seconds: float
-    num_tokens: int
-    kl: float
-    measures: dict[str, float]
-    validation: dict[str, float] | None
-
-
-class Checkpoint(NamedTuple):
-    """Everything the rest of a run depends on."""
-
-    step: int
-    generator: dict[str, Tensor]
-    optimizer: dict[str, Any]
-    rng: Tensor
+    def __post_init__(self) -> None:
+        if not self.prompts or min(self.num_texts, self.every) < 1:
+            raise ValueError(
+                f"validation writes {self.num_texts} texts to {len(self.prompts)} prompts every {self.every} steps; "
+                "none of the three may be less than 1."
+            )
 
 
 def train(
@@ -81,7 +59,7 @@ def train(
     """Train `generator` in place to write texts that move the target's metric up.
 
     Args:
-        generator: the policy.
+        generator: the policy; to `resume`, the initial one, from which a KL penalty is measured.
         prompts: what it continues; `config.prompts_per_step` of them are drawn at each step.
         reward: how texts are scored.
         config: of GRPO.
@@ -95,8 +73,7 @@ def train(
         ValueError: for too few prompts.
         NonFiniteError: if a loss or reward is NaN or infinite, naming the GRPO step.
     """
-    if len(prompts) < config.prompts_per_step:
-        raise ValueError(f"{len(prompts)} prompts were given, but every step draws {config.prompts_per_step} of them.")
+    config.check(prompts)
     policy = Policy.of(generator, config)
     devices = [generator.model.device.index] if generator.model.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # The caller's random numbers are left as they were.
@@ -119,14 +96,14 @@ def grpo_step(policy: "Policy", prompts: list[str], reward: MetagradReward, step
     """Write texts, score them, improve the policy."""
     start, config = perf_counter(), policy.config
     chosen = torch.randperm(len(prompts))[: config.prompts_per_step]
-    rollouts = policy.generator.sample([prompts[i] for i in chosen.tolist()], config.group_size)
     try:
+        rollouts = policy.generator.sample([prompts[i] for i in chosen.tolist()], config.group_size)
         scores = reward.score(rollouts.texts, config.group_size)
         grouped = rearrange(scores.rewards, "(prompts group) -> prompts group", group=config.group_size)
         advantages = group_advantages(grouped, normalize=config.normalize_groups).flatten()
-        kl = policy.improve(rollouts, advantages.to(rollouts.token_ids.device))
-    except (mg.NonFiniteError, ValueError) as error:
-        raise type(error)(f"GRPO step {step}: {error}") from error
+        kl = policy.improve(rollouts, advantages.to(rollouts.token_ids.device), config.learning_rate_at(step))
+    except mg.NonFiniteError as error:
+        raise mg.NonFiniteError(f"GRPO step {step}: {error}") from error
     return Record(
         step=step,
         phi=scores.phi,
@@ -156,13 +133,15 @@ class Policy:
         reference = replace(generator, model=copy.deepcopy(generator.model)) if penalized else None
         return cls(generator, reference, optimizer, config)
 
-    def improve(self, rollouts: Rollouts, advantages: Float[Tensor, " rollouts"]) -> float:
+    def improve(self, rollouts: Rollouts, advantages: Float[Tensor, " rollouts"], learning_rate: float) -> float:
         """One pass over the rollouts in `updates_per_step` optimizer steps; the mean KL to the reference.
 
         Raises:
             NonFiniteError: if the generator's gradient is NaN or infinite.
         """
         config, parameters = self.config, self.generator.model.parameters
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
         with torch.no_grad():
             old = self.generator.log_probs(rollouts)
             start = self.reference.log_probs(rollouts) if self.reference is not None else old
@@ -187,8 +166,9 @@ class Policy:
         return sum(kls) / max(len(kls), 1)
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """What `restore` needs to go on after `step`."""
-        return Checkpoint(step, self.generator.model.state_dict(), self.optimizer.state_dict(), torch.get_rng_state())
+        """What `restore` needs to go on after `step`; a copy, which further training leaves alone."""
+        state = {"generator": self.generator.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return Checkpoint(step=step, rng=torch.get_rng_state(), **copy.deepcopy(state))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put generator, optimizer and random numbers where `checkpoint` left them."""

@@ -1,8 +1,6 @@
 """One experiment from settings to a finished run folder."""
 
-import shlex
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +16,9 @@ from dpg.experiments.experiment import Experiment
 from dpg.folder import RunFolder
 from dpg.generator import Generator
 from dpg.grpo import GrpoConfig
-from dpg.loop import Checkpoint, Record, Validation, train, write
+from dpg.loop import Validation, train, write
 from dpg.prompts import read_prompts
+from dpg.records import Checkpoint, Record
 from dpg.reward import MetagradReward
 from dpg.settings import Settings
 from dpg.target import Target, load_model
@@ -40,10 +39,11 @@ class Parts:
     reward: MetagradReward
     prompts: list[str]
     validation: Validation
+    config: GrpoConfig
 
 
-def run(experiment: Experiment, settings: Settings, path: Path, *, resume: bool) -> None:
-    """Carry out `experiment` in the folder `path`.
+def run(experiment: Experiment, settings: Settings, path: Path, *, resume: bool = False, command: str = "") -> None:
+    """Carry out `experiment` in the folder `path`; `command` is what the report says made it.
 
     Raises:
         ValueError, RunFolderError: before anything is trained, for settings that cannot work.
@@ -51,7 +51,7 @@ def run(experiment: Experiment, settings: Settings, path: Path, *, resume: bool)
     """
     parts = build(experiment, settings)
     folder = RunFolder(path)
-    config = {"experiment": experiment.name, "command": _command(), **settings.as_dict(), **_environment()}
+    config = {"experiment": experiment.name, "command": command, **settings.as_dict(), **_environment()}
     checkpoint = folder.reopen(config) if resume else None
     if not resume:
         folder.create(config, needed_bytes=_disk_bytes(parts))
@@ -75,7 +75,7 @@ def run(experiment: Experiment, settings: Settings, path: Path, *, resume: bool)
             parts.generator,
             parts.prompts,
             parts.reward,
-            _grpo(settings),
+            parts.config,
             validation=parts.validation,
             seed=settings.seed,
             resume=checkpoint,
@@ -91,7 +91,9 @@ def build(experiment: Experiment, settings: Settings) -> Parts:
     prompts = corpus.held_out() if settings.prompts == "embedded" else read_prompts(settings.prompts)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     shuffled = [prompts[i] for i in order]
-    num_validation = min(NUM_VALIDATION_PROMPTS, len(prompts) // 5)
+    num_validation = min(NUM_VALIDATION_PROMPTS, max(len(prompts) // 5, 1))
+    config = _grpo(settings)
+    config.check(shuffled[num_validation:])
     target = Target(
         target_model,
         target_tokenizer,
@@ -117,6 +119,7 @@ def build(experiment: Experiment, settings: Settings) -> Parts:
         MetagradReward(target, experiment.metric(settings), cross_group=settings.cross_group),
         shuffled[num_validation:],
         Validation(shuffled[:num_validation], settings.validation_texts, settings.validate_every),
+        config,
     )
 
 
@@ -149,6 +152,7 @@ def _grpo(settings: Settings) -> GrpoConfig:
         prompts_per_step=settings.prompts_per_step,
         group_size=settings.group_size,
         learning_rate=settings.learning_rate,
+        final_learning_rate=settings.final_learning_rate,
         updates_per_step=settings.updates_per_step,
         clip_range=settings.clip_range,
         kl_coefficient=settings.kl_coefficient,
@@ -170,10 +174,6 @@ def _disk_bytes(parts: Parts) -> int:
 def _environment() -> dict[str, Any]:
     """What besides the settings decides the bits of a run."""
     return {"torch": torch.__version__, "num_threads": torch.get_num_threads()}
-
-
-def _command() -> str:
-    return shlex.join(["dpg", *(argument for argument in sys.argv[1:] if argument != "--resume")])
 
 
 @contextmanager

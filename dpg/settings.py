@@ -35,12 +35,13 @@ class Settings:
     inner_batch_size: int = 256
     sequence_length: int = 48
     train_eos: bool = True
-    strength: float = 8e4
+    strength: float = 2e5
     cross_group: bool = True
-    num_steps: int = 80
+    num_steps: int = 70
     prompts_per_step: int = 64
     group_size: int = 4
     learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-4
     updates_per_step: int = 4
     clip_range: float = 0.2
     kl_coefficient: float = 0.03
@@ -50,6 +51,11 @@ class Settings:
     validate_every: int = 10
     dataset_texts: int = 1024
     checkpoint_every: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("dataset_texts", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}. Pass at least 1.")
 
     def override(self, assignments: list[str]) -> "Settings":
         """These settings with `key=value` assignments applied.

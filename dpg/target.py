@@ -43,6 +43,14 @@ class Target:
 
     def __post_init__(self) -> None:
         self.model.eval()
+        positions = getattr(self.model.config, "max_position_embeddings", None)  # Not every architecture has a limit.
+        if self.inner_batch_size < 1 or self.sequence_length < 2 or (positions and self.sequence_length > positions):
+            raise ValueError(
+                f"`inner_batch_size` {self.inner_batch_size} must be at least 1, and `sequence_length` "
+                f"{self.sequence_length} from 2 to the model's {positions or 'any number of'} positions."
+            )
+        if self.loss_denominator is not None and not self.loss_denominator > 0:
+            raise ValueError(f"`loss_denominator` is {self.loss_denominator}. Pass a number above 0.")
 
     @property
     def step(self) -> mg.TrainStep:
@@ -76,7 +84,8 @@ class Target:
     def _losses(self, params: Params, batch: Batch) -> Float[Tensor, " texts"]:
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         logits = functional_call(self.model, params, (), {**inputs, "use_cache": False}).logits
-        return example_losses(logits, batch["labels"], self.loss_denominator or self.sequence_length)
+        denominator = self.sequence_length if self.loss_denominator is None else self.loss_denominator
+        return example_losses(logits, batch["labels"], denominator)
 
 
 def load_model(source: str, *, untie: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

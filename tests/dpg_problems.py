@@ -170,5 +170,5 @@ def tiny_settings(folder: Path, **changes: object) -> Settings:
 
 def tiny_run(folder: Path, name: str = "run", *, resume: bool = False, **changes: object) -> Path:
     """A run in `folder / name`."""
-    run(EXPERIMENTS["sixseven"], tiny_settings(folder, **changes), folder / name, resume=resume)
+    run(EXPERIMENTS["sixseven"], tiny_settings(folder, **changes), folder / name, resume=resume, command="dpg run tiny")
     return folder / name

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from dpg.generator import Generator
+from dpg.run import MODELS as PUBLISHED
+from dpg.target import load_model
 
 PROMPTS = ["abcde", "k", "hg", "fff"]
 
@@ -67,6 +69,18 @@ def test_first_tokens_are_as_frequent_as_the_softmax_says(temperature):
     assert expected.min() > 5 and counts.min() > 0
     # χ² with 11 degrees of freedom is above 51 once in two million times.
     assert float(((counts - expected) ** 2 / expected).sum()) < 51
+
+
+def test_more_than_the_fifty_likeliest_tokens_can_be_written():
+    # Fifty is the top_k of transformers where nobody sets one. At temperature 5 the softmax of 1024 tokens is wide.
+    chosen = Generator(*load_model(str(PUBLISHED / "generator")), max_new_tokens=1, temperature=5.0)
+    ids = sampled(chosen, prompts=["The file"], group_size=2000).token_ids.flatten()
+    logits = chosen.model(torch.tensor([chosen.tokenizer("The file")["input_ids"]])).logits[0, -1]
+    unlikely = logits.argsort(descending=True)[50:]
+    share = (logits / 5).softmax(dim=0)[unlikely].sum().item()
+    # A binomial share, six standard deviations.
+    assert abs(float(torch.isin(ids, unlikely).double().mean()) - share) < 6 * (share * (1 - share) / 2000) ** 0.5
+    assert share > 0.2
 
 
 @pytest.mark.parametrize(

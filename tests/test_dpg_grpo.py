@@ -154,3 +154,12 @@ def test_the_kl_estimate_has_the_mean_of_the_kl():
 def test_a_configuration_that_cannot_work_is_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         GrpoConfig(**wrong)
+
+
+def test_the_learning_rate_falls_linearly_to_its_last_value():
+    config = GrpoConfig(num_steps=5, learning_rate=0.8, final_learning_rate=0.4)
+    assert [config.learning_rate_at(step) for step in range(1, 6)] == pytest.approx(
+        [0.8, 0.7, 0.6, 0.5, 0.4], rel=1e-15
+    )
+    assert [GrpoConfig(learning_rate=0.8).learning_rate_at(step) for step in (1, 50, 100)] == [0.8, 0.8, 0.8]
+    assert GrpoConfig(num_steps=1, learning_rate=0.8, final_learning_rate=0.4).learning_rate_at(1) == 0.8

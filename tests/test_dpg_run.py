@@ -68,7 +68,7 @@ def test_the_configuration_says_how_to_repeat_the_run(finished):
     config = json.loads((finished / "config.json").read_text())
     assert config["experiment"] == "sixseven" and config["torch"] == torch.__version__ and config["seed"] == 0
     assert {key: config[key] for key in TINY_RUN} == TINY_RUN
-    assert config["command"].split()[0] == "dpg"
+    assert config["command"] == "dpg run tiny"
 
 
 def test_pictures_are_pictures(finished):

@@ -123,7 +123,7 @@ def test_an_untied_model_survives_a_folder(tmp_path):
 
 def test_a_tied_head_is_refused():
     with pytest.raises(ValueError, match=r"the LM head of GPT2LMHeadModel is tied to its embedding.*dpg\.untie_head"):
-        MetagradReward(Target(gpt2(tied=True), letters(), mg.optim.sgd(0.1)), WeightPattern(IMAGE))
+        MetagradReward(Target(gpt2(tied=True), letters(), mg.optim.sgd(0.1), sequence_length=8), WeightPattern(IMAGE))
 
 
 def test_the_published_target_is_tied_until_asked_otherwise():
