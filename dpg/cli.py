@@ -41,10 +41,11 @@ def run(
         raise ValueError(f"there is no experiment {experiment!r}. Choose from: {', '.join(EXPERIMENTS)}.")
     chosen = EXPERIMENTS[experiment]
     settings = replace(chosen.settings, seed=seed, generator=generator, target=target, prompts=prompts)
-    path = out or Path("runs") / f"{experiment}-{seed}"
+    settings = settings.override(set_ or [])
+    path = out or Path("runs") / f"{experiment}-{settings.seed}"
     start = time.perf_counter()
     command = shlex.join(["dpg", *(argument for argument in sys.argv[1:] if argument != "--resume")])
-    run_experiment(chosen, settings.override(set_ or []), path, resume=resume, command=command)
+    run_experiment(chosen, settings, path, resume=resume, command=command)
     print(f"finished in {time.perf_counter() - start:.0f} s: see {path / 'report.md'}")
 
 

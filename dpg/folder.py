@@ -30,6 +30,8 @@ class RunFolder:
         Raises:
             RunFolderError: if something is here already, or the disk has less than `needed_bytes` free.
         """
+        if self.path.is_file():
+            raise RunFolderError(f"{self.path} is a file. Pass a folder with --out.")
         if self.path.exists() and any(self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path} is not empty. Pass --resume to continue the run in it, or another folder with --out."
@@ -56,12 +58,19 @@ class RunFolder:
                     f"the run in {self.path} was started with {key} = {started.get(key)!r}, not {config.get(key)!r}. "
                     "Resume it with the same arguments, or start another with a new --out."
                 )
-        if not (self.path / "checkpoint.pt").exists():
-            raise RunFolderError(
-                f"{self.path} holds no checkpoint: the run stopped too early. Delete it and start anew."
-            )
-        checkpoint = Checkpoint(**torch.load(self.path / "checkpoint.pt", weights_only=True))
+        for name in ("checkpoint.pt", "metrics.jsonl", "untrained.jsonl", "prose.jsonl", "target"):
+            if not (self.path / name).exists():
+                raise RunFolderError(f"{self.path} cannot be resumed: it holds no {name}. Delete it and start anew.")
+        try:
+            checkpoint = Checkpoint(**torch.load(self.path / "checkpoint.pt", weights_only=True))
+        except Exception as error:  # torch has a different error for every way in which a file can be damaged.
+            raise RunFolderError(f"{self.path / 'checkpoint.pt'} is damaged ({error}). Start a new run.") from error
         kept = [line for line in self.records() if line["step"] <= checkpoint.step]
+        if [line["step"] for line in kept] != list(range(checkpoint.step + 1)):
+            raise RunFolderError(
+                f"{self.path / 'metrics.jsonl'} does not hold every step up to {checkpoint.step}, where the checkpoint "
+                "is. It was changed or damaged; start a new run."
+            )
         self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
         return checkpoint
 
@@ -73,7 +82,7 @@ class RunFolder:
         """
         if not (self.path / "config.json").exists():
             raise RunFolderError(f"{self.path} is not a run folder: it has no config.json.")
-        return json.loads((self.path / "config.json").read_text())
+        return self._parsed("config.json", (self.path / "config.json").read_text())
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep `checkpoint` in place of the one before."""
@@ -92,7 +101,7 @@ class RunFolder:
     def records(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, without a last one that a kill left unfinished."""
         text = (self.path / "metrics.jsonl").read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        return [self._parsed("metrics.jsonl", line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def write_texts(self, name: str, texts: Iterable[str]) -> None:
         """One `{"text": ...}` a line."""
@@ -108,7 +117,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds no {name}: the run in it is not finished. Continue it with --resume."
             )
-        return [json.loads(line)["text"] for line in (self.path / name).read_text().splitlines()]
+        return [self._parsed(name, line)["text"] for line in (self.path / name).read_text().splitlines()]
 
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file a person can read."""
@@ -117,6 +126,12 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """A text file."""
         self._replace(name, text.encode())
+
+    def _parsed(self, name: str, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RunFolderError(f"{self.path / name} is damaged ({error}). Start a new run.") from error
 
     def _replace(self, name: str, content: bytes) -> None:
         """Write beside, then rename: a reader sees the old file or the new one."""

@@ -76,9 +76,17 @@ class Generator:
             raise ValueError("there are no prompts to continue. Pass at least one.")
         end = self.tokenizer.eos_token_id
         rows = [ids[: self.max_prompt_tokens] for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
+        # Some tokenizers end a text themselves; a continuation of that would start another one.
+        rows = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in rows]
         if empty := [prompt for prompt, ids in zip(prompts, rows, strict=True) if not ids]:
             raise ValueError(f"prompt {empty[0]!r} holds no token. Leave empty prompts out.")
         longest = max(map(len, rows))
+        positions = getattr(self.model.config, "max_position_embeddings", None)  # Not every architecture has a limit.
+        if positions and longest + self.max_new_tokens > positions:
+            raise ValueError(
+                f"a prompt of {longest} tokens and `max_new_tokens` {self.max_new_tokens} exceed the model's "
+                f"{positions} positions. Lower `max_prompt_tokens` or `max_new_tokens`."
+            )
         padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids in rows], device=self.model.device)
         lengths = torch.tensor([[len(ids)] for ids in rows], device=self.model.device)
         mask = torch.arange(longest, device=self.model.device) >= longest - lengths

@@ -50,8 +50,12 @@ class WeightPattern(TargetMetric):
     strength: float = 20.0
 
     def __post_init__(self) -> None:
-        if self.image.ndim != 2 or not bool((self.image.abs() == 1).all()):
+        if not isinstance(self.image, Tensor) or self.image.ndim != 2 or self.image.numel() == 0:
+            raise ValueError(f"the image must be a matrix, a tensor of shape (rows, columns), but is {self.image!r}.")
+        if not bool((self.image.abs() == 1).all()):
             raise ValueError(f"the image, of shape {tuple(self.image.shape)}, must be a matrix of +1 and -1 only.")
+        if not self.strength > 0:
+            raise ValueError(f"`strength` is {self.strength}. Pass a number above 0.")
         if min(self.offset) < 0:
             raise ValueError(f"`offset` is {self.offset}. Pass two numbers of at least 0.")
 

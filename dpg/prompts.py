@@ -12,8 +12,13 @@ def read_prompts(source: str) -> list[str]:
     """
     path = Path(source)
     if path.is_file():
-        lines = [line for line in path.read_text().splitlines() if line.strip()]
-        prompts = [_column(json.loads(line), source) for line in lines] if path.suffix == ".jsonl" else lines
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            prompts = [_column(json.loads(line), source) for line in lines] if path.suffix == ".jsonl" else lines
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not a UTF-8 text file ({error}). Save it as UTF-8.") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{source} has a line that is not JSON ({error}): {error.doc[:60]!r}.") from error
     else:
         prompts = _from_datasets(source)
     prompts = [prompt for prompt in prompts if prompt.strip()]
@@ -22,11 +27,11 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
-def _column(row: dict[str, str], source: str) -> str:
+def _column(row: object, source: str) -> str:
     for name in ("prompt", "text"):
-        if name in row:
+        if isinstance(row, dict) and isinstance(row.get(name), str):
             return row[name]
-    raise ValueError(f"{source} has the columns {', '.join(row)}, but prompts are read from `prompt` or `text`.")
+    raise ValueError(f"{source} has the row {row!r}, but prompts are strings in a column `prompt` or `text`.")
 
 
 def _from_datasets(source: str) -> list[str]:

@@ -1,6 +1,7 @@
 """One experiment from settings to a finished run folder."""
 
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def run(experiment: Experiment, settings: Settings, path: Path, *, resume: bool 
     """
     parts = build(experiment, settings)
     folder = RunFolder(path)
-    config = {"experiment": experiment.name, "command": command, **settings.as_dict(), **_environment()}
+    config = {"experiment": experiment.name, "command": command, **settings.as_dict(), **_environment(parts)}
     checkpoint = folder.reopen(config) if resume else None
     if not resume:
         folder.create(config, needed_bytes=_disk_bytes(parts))
@@ -171,9 +172,14 @@ def _disk_bytes(parts: Parts) -> int:
     return 7 * sizes[0] + sizes[1] + 10_000_000
 
 
-def _environment() -> dict[str, Any]:
+def _environment(parts: Parts) -> dict[str, Any]:
     """What besides the settings decides the bits of a run."""
-    return {"torch": torch.__version__, "num_threads": torch.get_num_threads()}
+    prompts = "\n".join([*parts.validation.prompts, *parts.prompts])
+    return {
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+        "prompts_checksum": zlib.crc32(prompts.encode()),
+    }
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Every number that decides a run, in one flat place: what `--set` changes and `config.json` holds."""
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -56,6 +57,14 @@ class Settings:
         for name in ("dataset_texts", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}. Pass at least 1.")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}. Pass 0 or more.")
+        for name in ("inner_lr", "learning_rate", "final_learning_rate", "clip_range", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}. Pass a number above 0.")
+        for name in ("inner_eps", "inner_weight_decay", "kl_coefficient"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}. Pass a number of at least 0.")
 
     def override(self, assignments: list[str]) -> "Settings":
         """These settings with `key=value` assignments applied.

@@ -33,14 +33,15 @@ def encode(
     Raises:
         ValueError: for no texts, or a tokenizer without an end-of-sequence token.
     """
-    if not texts:
-        raise ValueError("there are no texts to encode. Pass at least one.")
+    if isinstance(texts, str) or not texts:
+        raise ValueError(f"texts must be a list of at least one string, but got {texts!r}.")
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError(f"{type(tokenizer).__name__} has no end-of-sequence token. Set `tokenizer.eos_token`.")
     rows: list[list[int]] = []
     for ids in tokenizer(texts, verbose=False)["input_ids"]:
-        whole = [*ids, end] if train_eos else ids
+        # Some tokenizers add an end token themselves.
+        whole = [*ids, end] if train_eos and ids[-1:] != [end] else ids
         # A text without any token still is an example: the end token alone, from which nothing is predicted.
         rows.append(whole[:sequence_length] or [end])
     longest = max(map(len, rows))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpg.experiments import EXPERIMENTS
-from dpg.folder import RunFolder
+from dpg.folder import RunFolder, RunFolderError
 from dpg.metrics import WeightPattern
 from dpg.settings import Settings
 from dpg.text import encode, rows
@@ -40,6 +40,8 @@ def verify(path: Path) -> list[Verdict]:
     config = folder.read_config()
     settings = Settings(**{key: value for key, value in config.items() if key in Settings.__dataclass_fields__})
     metric = EXPERIMENTS[config["experiment"]].metric(settings)
+    if not (path / "target" / "model.safetensors").exists():
+        raise RunFolderError(f"{path} holds no target/ with its weights. It was changed; start a new run.")
     texts = {name: folder.read_texts(file) for name, file in SOURCES.items()}
     verdicts = [
         Verdict(name, fine_tuned_accuracy(path / "target", texts[name], metric, settings), metric.image.numel())

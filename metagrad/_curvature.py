@@ -5,12 +5,15 @@ Nothing here forms a matrix: the functions return products with γ.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from metagrad._refusals import refuse_missing_derivatives
+from metagrad._tree import floating_leaves
 from metagrad._types import Params, Scalar
 
 Contribution: TypeAlias = Callable[[Scalar], list[Tensor]]
@@ -53,9 +56,11 @@ def pull_forward(
     Cost: one forward-mode pass; a forward pass wherever γ is zero.
     """
     try:
-        with forward_ad.dual_level():
+        with torch.enable_grad(), forward_ad.dual_level(), _StoppedGradients() as stopped:
             pulled = total(lambda loss: _tangent_gradient(loss, inputs), _as_duals(params, gamma))
-        reason = None if _agrees(inputs, pulled, gradient, gamma) else "it differs from the reverse-mode gradient"
+        reason = "it stops gradients by torch.no_grad, which forward mode passes by" if stopped.found else None
+        if not _agrees(inputs, pulled, gradient, gamma):
+            reason = "it differs from the reverse-mode gradient"
     except NotImplementedError as error:
         reason = str(error).splitlines()[0]
     if reason is None:
@@ -66,6 +71,18 @@ def pull_forward(
         stacklevel=2,
     )
     return None
+
+
+class _StoppedGradients(TorchFunctionMode):
+    """Notes whether an operation under `torch.no_grad` makes a tensor with a tangent, which reverse mode would stop."""
+
+    found = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if not torch.is_grad_enabled() and not self.found:
+            self.found = any(forward_ad.unpack_dual(leaf).tangent is not None for leaf in floating_leaves(output))
+        return output
 
 
 def _as_duals(params: Params, gamma: Sequence[Tensor]) -> Params:
@@ -88,34 +105,14 @@ def _agrees(
 ) -> bool:
     """Whether ⟨z, (∂²L/∂z∂θ)γ⟩ = ⟨∇L, γ⟩, as it must be for a loss linear in z.
 
-    It is not where the loss stops gradients in a way that forward mode passes by, such as `torch.no_grad`. The
-    tolerance is the square root of the precision: far above rounding, far below a missing term.
+    It is not where a custom function's two derivatives differ, say. The tolerance is the square root of the coarsest
+    precision: far above rounding, far below a missing term.
     """
     with torch.no_grad():
         left = torch.cat([(x * c).flatten() for x, c in zip(inputs, pulled, strict=True)])
         right = torch.cat([(g * c).flatten() for g, c in zip(gradient, gamma, strict=True)])
     gap = (left.sum() - right.sum()).abs()
-    tolerance = torch.finfo(right.dtype).eps ** 0.5 * (left.abs().sum() + right.abs().sum())
+    precision = max(torch.finfo(tensor.dtype).eps for tensor in (*inputs, *gradient))
+    tolerance = precision**0.5 * (left.abs().sum() + right.abs().sum())
     # A gap that is not finite is no disagreement: the replay reports it, by name.
     return not bool(gap > tolerance)
-
-
-def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:
-    """Raise if `outputs` went through a function that cannot be differentiated again.
-
-    torch leaves the result of a backward marked @once_differentiable without a path to its inputs, and a missing path
-    would be taken as a zero.
-    """
-    seen = set()
-    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
-                "the loss uses a function marked @once_differentiable, and a second derivative is needed. Write its "
-                "backward in differentiable operations, or replace the function."
-            )
-        waiting.extend(following for following, _ in node.next_functions if following is not None)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -36,7 +37,8 @@ def metagradient(
     Trains for `len(batches)` steps, evaluates Φ = metric(state), and replays the run backwards (docs/theory.md).
 
     Args:
-        metric: differentiable scalar of the final state (`state.params`, `state.buffers`); buffers are constants.
+        metric: differentiable scalar of the final state (`state.params`, `state.buffers`); buffers are constants. It is
+            tried on the initial state first, and must not change what it is given.
         step: the training step, for instance a `TrainStep`.
         params: initial parameters by name, or a module (its buffers are then carried along). Never changed.
         batches: `batches[t]` is the batch of step t; read several times, so it must give the same each time.
@@ -70,6 +72,8 @@ def metagradient(
     start = perf_counter()
     meta = _checked(step, batches, meta)
     initial = step.init(params, meta)
+    if not callable(metric):
+        raise ValueError(f"`metric` is a {type(metric).__name__}. Pass one function of the trained state.")
     checked_value(metric, initial, initial)  # A metric that cannot be differentiated is reported before any training.
     replay = Replay(step, batches, meta, schedule.plan(len(batches)), store or RamStore(), wrt_params, progress)
     state = replay.forward(initial)
@@ -160,6 +164,14 @@ class _Training(torch.autograd.Function):
 
 def _checked(step: Step, batches: Batches, meta: Tree) -> Tree:
     """`meta` without a graph, once everything that can be checked before training has been."""
+    if torch.is_inference_mode_enabled():
+        raise ValueError("nothing can be differentiated under torch.inference_mode(). Use torch.no_grad() instead.")
     step.validate(batches, meta)
+    for accessor, leaf in zip(*optree.tree_flatten_with_accessor(meta)[:2], strict=True):
+        if not isinstance(leaf, Tensor | int | float | str):
+            raise ValueError(
+                f"{accessor.codify('meta')} is a {type(leaf).__name__}, whose tensors would be taken as constants. Use "
+                "dicts, lists, tuples and named tuples of tensors, for instance dict(...)."
+            )
     # Detached: the gradient with respect to these values is what is asked for, not that of whatever made them.
     return with_floating_leaves(meta, [leaf.detach() for leaf in floating_leaves(meta)])

@@ -46,10 +46,10 @@ class WeightedLoss:
         for step in range(len(batches)):
             batch = batches[step]
             index = batch.get("index") if isinstance(batch, dict) else None
-            if not isinstance(index, Tensor) or index.is_floating_point():
+            if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
                 raise ValueError(
                     f"`mg.weighted` reads batch['index'], the index of each example's weight, but batch {step} is "
-                    f"{describe(batch)}. Add an integer tensor of shape (examples,) under the key 'index'."
+                    f"{describe(batch)}. Add an int64 tensor of shape (examples,) under the key 'index'."
                 )
             lowest, highest = min(lowest, int(index.min())), max(highest, int(index.max()))
         if lowest < 0:

@@ -97,8 +97,8 @@ class Binomial(Schedule):
     slots: int
 
     def __post_init__(self) -> None:
-        if self.slots < 1:
-            raise ValueError(f"`slots` is {self.slots}, but the initial state needs one. Pass 1 or more.")
+        if not isinstance(self.slots, int) or self.slots < 1:
+            raise ValueError(f"`slots` is {self.slots}, but the initial state needs one. Pass 1 or more, an integer.")
 
     def plan(self, num_steps: int) -> Plan:
         metric = Reverse(num_steps)

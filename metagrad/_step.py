@@ -1,6 +1,6 @@
 """One training step, θ ↦ U(θ, ∇L(θ)), and its pullback. Everything that defines the step is in the step."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeAlias
@@ -14,16 +14,21 @@ from torchopt.base import GradientTransformation
 from metagrad._curvature import Contribution, pull_forward, pull_gradient
 from metagrad._loss import WeightedLoss, cut, mean_share
 from metagrad._random import cuda_devices, read_rng, write_rng
+from metagrad._refusals import (
+    constant_buffer,
+    refuse_changed_shapes,
+    refuse_non_finite_gradient,
+    refuse_shared_modules,
+)
 from metagrad._tree import (
     describe,
     detached,
     floating_leaves,
     independent,
-    not_finite,
     tensor_leaves,
     with_floating_leaves,
 )
-from metagrad._types import Batches, Loss, NonFiniteError, Params, Pull, Pullback, Scalar, State, Tree
+from metagrad._types import Batches, Loss, Params, Pull, Pullback, Scalar, State, Tree
 from metagrad.optim import clip
 
 Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransformation]
@@ -62,6 +67,13 @@ class TrainStep:
             raise ValueError(
                 f"`microbatch_size` is {self.microbatch_size}. Pass at least 1, or None for the whole batch."
             )
+        if not isinstance(self.optimizer, GradientTransformation) and (
+            not callable(self.optimizer) or isinstance(self.optimizer, type)
+        ):
+            raise ValueError(
+                f"`optimizer` is {self.optimizer!r}. Pass a TorchOpt transformation such as mg.optim.adamw(lr=1e-3), "
+                "or a function of `meta` that returns one; torch.optim cannot be differentiated."
+            )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"`clip_norm` is {self.clip_norm}. Pass a norm above 0, or None not to clip.")
 
@@ -75,7 +87,7 @@ class TrainStep:
                 parameters or buffers stands in two places.
         """
         if isinstance(params, torch.nn.Module):
-            _refuse_shared_modules(params)
+            refuse_shared_modules(params)
             buffers = dict(params.named_buffers())
             params = {name: p for name, p in params.named_parameters() if p.requires_grad}
         else:
@@ -102,6 +114,11 @@ class TrainStep:
         Raises:
             ValueError: for no batches, an empty batch, or weights that do not fit the batches.
         """
+        if not isinstance(batches, Sized):
+            raise ValueError(
+                f"`batches` is a {type(batches).__name__}, which can be read once. Pass a list, or anything with len() "
+                "and [t] that gives the same batch at every reading."
+            )
         if len(batches) == 0:
             raise ValueError("`batches` is empty: there is no step to train. Pass at least one batch.")
         for step in range(len(batches)):
@@ -128,7 +145,7 @@ class TrainStep:
         gradient, buffers, rng = self._sum_over_pieces(
             lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
         )
-        _check_gradient(params, gradient, state.step)
+        refuse_non_finite_gradient(params, gradient, state.step)
         new_params, optimizer = self._update(gradient, state.optimizer, params if keep_graph else state.params, meta)
         return State(new_params, buffers, optimizer, rng, state.step + 1)
 
@@ -154,7 +171,7 @@ class TrainStep:
         gradient, buffers, rng = self._sum_over_pieces(
             lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
         )
-        _check_gradient(params, gradient, state.step)
+        refuse_non_finite_gradient(params, gradient, state.step)
         # Detached: the update is pulled back first, the gradient's own graph after it.
         leaves = [g.detach().requires_grad_() for g in gradient]
         with torch.enable_grad():
@@ -206,7 +223,7 @@ class TrainStep:
             for piece in cut(batch, self.microbatch_size):
                 variables = {**params, **buffers}
                 share = mean_share(self.loss(variables, piece.batch, meta), piece, state.step)
-                buffers = {name: _new_buffer(name, variables[name]) for name in buffers}
+                buffers = {name: constant_buffer(name, variables[name]) for name in buffers}
                 new = contribution(share)
                 total = [a + b for a, b in zip(total, new, strict=True)] if total else new
             return total, buffers, read_rng(devices)
@@ -216,7 +233,9 @@ class TrainStep:
         updates, new_optimizer = self._transformation(meta).update(
             dict(zip(params, gradient, strict=True)), optimizer, params=params, inplace=False
         )
-        return torchopt.apply_updates(params, updates, inplace=False), new_optimizer
+        new_params: Params = torchopt.apply_updates(params, updates, inplace=False)
+        refuse_changed_shapes(params, new_params)
+        return new_params, new_optimizer
 
     def _transformation(self, meta: Tree) -> GradientTransformation:
         chosen = self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta)
@@ -225,52 +244,23 @@ class TrainStep:
 
 def _gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor]:
     """∇_θ loss in the order of `params`; zeros for parameters it does not use."""
-    if not loss.requires_grad:
+    leaves = list(params.values())
+    found = (
+        torch.autograd.grad(loss, leaves, create_graph=keep_graph, allow_unused=True) if loss.requires_grad else [None]
+    )
+    if all(gradient is None for gradient in found):
+        # A loss that calls the model itself has a gradient, but of the model's own parameters.
         raise ValueError(
             "the loss does not depend on the parameters. Use the `params` it is given: "
             "torch.func.functional_call(model, params, ...), not model(...)."
         )
-    return list(
-        torch.autograd.grad(
-            loss, list(params.values()), create_graph=keep_graph, allow_unused=True, materialize_grads=True
-        )
-    )
-
-
-def _refuse_shared_modules(module: torch.nn.Module) -> None:
-    """Raise for a submodule with two names: torch.func.functional_call would leave changed parameters in it."""
-    first: dict[torch.nn.Module, str] = {}
-    for name, child in module.named_modules(remove_duplicate=False):
-        holds_state = next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
-        if child in first and holds_state:
-            raise ValueError(
-                f"the submodules {first[child]!r} and {name!r} are one object, which torch.func.functional_call cannot "
-                "handle. Share its parameters instead (b.weight = a.weight), or call one module twice."
-            )
-        first.setdefault(child, name)
-
-
-def _check_gradient(params: Params, gradient: Sequence[Tensor], step: int) -> None:
-    if wrong := not_finite("params", params, gradient):
-        raise NonFiniteError(
-            f"the training gradient is not finite at step {step} in {', '.join(wrong)}, though the loss is. A square "
-            "root or a norm at 0 inside the loss does this; so does a learning rate that is too high."
-        )
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
 
 
 def _grouped(values: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
     """`values` cut into lists as long as `groups`."""
     remaining = iter(values)
     return [list(islice(remaining, len(group))) for group in groups]
-
-
-def _new_buffer(name: str, value: Tensor) -> Tensor:
-    if value.requires_grad:
-        raise ValueError(
-            f"the loss wrote a differentiable value into buffer {name!r}; buffers are carried as constants. "
-            "Detach it in the module, or make it a parameter."
-        )
-    return value
 
 
 def _fresh(tree: Tree) -> Tree:

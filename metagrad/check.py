@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metagrad._curvature import refuse_missing_derivatives
 from metagrad._metric import by_name, checked_value
+from metagrad._refusals import refuse_missing_derivatives
 from metagrad._tree import (
     detached,
     floating_leaves,

@@ -174,6 +174,8 @@ def _adam(
             "(an unused embedding row is enough). Pass `eps_root` > 0, for instance 1e-8: see docs/stability.md."
         )
     beta1, beta2 = betas
+    if not all(isinstance(beta, Tensor) or 0.0 <= beta < 1.0 for beta in betas):
+        raise ValueError(f"`betas` is {betas}. Both must be at least 0 and below 1.")
 
     def init(params: Tree) -> AdamState:
         zeros = optree.tree_map(torch.zeros_like, params)

@@ -109,7 +109,7 @@ def test_prompts_without_a_prompt(tmp_path, refused):
     assert "blank.txt holds no prompts" in refused("run", "sixseven", "--prompts", tmp_path / "blank.txt")
     (tmp_path / "other.jsonl").write_text('{"question": "Why?"}\n')
     line = refused("run", "sixseven", "--prompts", tmp_path / "other.jsonl")
-    assert "has the columns question, but prompts are read from `prompt` or `text`" in line
+    assert "has the row {'question': 'Why?'}, but prompts are strings in a column `prompt` or `text`" in line
 
 
 def test_too_few_prompts(tmp_path, refused):

@@ -109,7 +109,7 @@ def test_texts_that_do_not_fill_their_groups(group_size):
 
 
 def test_no_texts():
-    with pytest.raises(ValueError, match="no texts"):
+    with pytest.raises(ValueError, match="at least one string"):
         MetagradReward(target(OPTIMIZERS["sgd"]), PATTERN)([])
 
 

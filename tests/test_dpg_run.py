@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
 
@@ -185,7 +186,7 @@ def test_a_run_killed_before_its_first_checkpoint_says_so(folder, monkeypatch):
     monkeypatch.setattr(RunFolder, "save", raised_once(RunFolder.save, lambda *arguments: True, KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         tiny_run(folder, "early")
-    with pytest.raises(RunFolderError, match="holds no checkpoint: the run stopped too early"):
+    with pytest.raises(RunFolderError, match="it holds no checkpoint.pt. Delete it and start anew"):
         tiny_run(folder, "early", resume=True)
 
 
@@ -220,3 +221,37 @@ def test_settings_that_cannot_work_leave_no_folder_behind(folder, change):
     with pytest.raises(ValueError):
         tiny_run(folder, path.name, **change)
     assert not path.exists() or not any(path.iterdir())
+
+
+def damaged(finished, folder, name, content=None):
+    """A copy of a finished run in which one file is gone, or cut to `content`."""
+    copy = folder / f"damaged-{name}-{content is None}"
+    shutil.copytree(finished, copy)
+    if content is None:
+        (copy / name).unlink()
+    else:
+        (copy / name).write_bytes(content)
+    return copy.name
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("config.json", b'{"experiment": "sixs', "config.json is damaged"),
+        ("checkpoint.pt", b"PK", "checkpoint.pt is damaged"),
+        ("checkpoint.pt", None, "holds no checkpoint.pt"),
+        ("metrics.jsonl", b'{"step": 0}\n{"step": 1', "does not hold every step up to 2"),
+        ("metrics.jsonl", None, "holds no metrics.jsonl"),
+        ("untrained.jsonl", None, "holds no untrained.jsonl"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_the_name_of_the_file(finished, folder, name, content, message):
+    run_name = damaged(finished, folder, name, content)
+    with pytest.raises(RunFolderError, match=message):
+        tiny_run(folder, run_name, resume=True)
+
+
+def test_a_file_is_not_a_run_folder(folder):
+    (folder / "file").write_text("")
+    with pytest.raises(RunFolderError, match="is a file"):
+        tiny_run(folder, "file")

@@ -5,6 +5,7 @@ import torch
 from dpg_problems import END, LETTERS, TEXTS, gpt2, ids_of, letters, target, text_loss
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import metagrad as mg
@@ -104,7 +105,7 @@ def test_what_stands_in_the_padding_changes_nothing():
 
 
 def test_no_texts():
-    with pytest.raises(ValueError, match="no texts to encode"):
+    with pytest.raises(ValueError, match="at least one string"):
         encode([], letters(), sequence_length=5)
 
 
@@ -112,3 +113,16 @@ def test_a_tokenizer_without_an_end_token():
     without = PreTrainedTokenizerFast(tokenizer_object=letters().backend_tokenizer)
     with pytest.raises(ValueError, match="has no end-of-sequence token. Set `tokenizer.eos_token`"):
         encode(["ab"], without, sequence_length=5)
+
+
+def test_an_end_that_the_tokenizer_adds_is_not_doubled():
+    tokenizer = letters()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, END)]
+    )
+    assert encode(["ab"], tokenizer, sequence_length=5)["input_ids"].tolist() == [[0, 1, END]]
+
+
+def test_one_string_is_not_a_list_of_texts():
+    with pytest.raises(ValueError, match="list of at least one string, but got 'abc'"):
+        encode("abc", letters(), sequence_length=5)

@@ -53,7 +53,7 @@ TABLE = {
     "meta is not a dict": ({"meta": torch.ones(3)}, r"meta\['weights'\].*float64 tensor of shape \(3,\)"),
     "weights of two axes": ({"meta": {"weights": torch.ones(3, 1)}}, r"1-dimensional.*shape \(3, 1\)"),
     "integer weights": ({"meta": {"weights": torch.ones(3, dtype=torch.int64)}}, r"floating-point.*int64"),
-    "no index": ({"batches": [batch(), without_index()]}, r"batch\['index'\].*batch 1 is \{'x'.*integer tensor"),
+    "no index": ({"batches": [batch(), without_index()]}, r"batch\['index'\].*batch 1 is \{'x'.*int64 tensor"),
     "a batch that is no dict": ({"batches": [torch.ones(2)]}, r"batch\['index'\].*batch 0 is a float64 tensor"),
     "negative index": ({"batches": [batch(index=torch.tensor([0, -1, 2]))]}, r"example -1.*count from 0"),
     "no batches": ({"batches": []}, "`batches` is empty.*at least one batch"),
@@ -135,7 +135,7 @@ def test_a_weighted_loss_must_have_one_entry_per_example():
 
 def test_a_floating_point_index_is_refused():
     loss = Squares()
-    with pytest.raises(ValueError, match="'index'.*integer tensor"):
+    with pytest.raises(ValueError, match="'index'.*int64 tensor"):
         run(loss, batches=[batch(index=torch.tensor([0.0, 1.0, 2.0]))])
     assert loss.calls == 0
 
@@ -163,6 +163,9 @@ OPTIONS = {
         "`clip_norm` is nan",
     ),
     "no slots": (lambda: mg.Binomial(slots=0), "`slots` is 0.*1 or more"),
+    "half a slot": (lambda: mg.Binomial(slots=2.5), "`slots` is 2.5.*integer"),
+    "beta above 1": (lambda: mg.optim.adam(0.1, betas=(1.5, 0.9)), r"`betas` is \(1.5, 0.9\)"),
+    "torch.optim": (lambda: mg.TrainStep(Squares(), torch.optim.SGD), "torch.optim cannot be differentiated"),
     "nesterov alone": (lambda: mg.optim.sgd(0.1, nesterov=True), "nesterov=True.*momentum=0.*momentum above 0"),
     "adam without eps_root": (lambda: mg.optim.adam(0.1, eps_root=0.0), "`eps_root` is 0.0.*NaN.*1e-8"),
     "adamw without eps_root": (lambda: mg.optim.adamw(0.1, eps_root=0.0), "`eps_root` is 0.0.*NaN.*1e-8"),
@@ -183,3 +186,42 @@ def test_an_eps_root_of_zero_in_meta_is_refused_before_training():
     with pytest.raises(ValueError, match="`eps_root` is 0.0"):
         run(loss, step=step, meta={"weights": torch.ones(3), "eps_root": torch.tensor(0.0)})
     assert loss.calls == 0
+
+
+def test_a_loss_that_calls_the_model_itself_is_refused():
+    """Its gradient is that of the model's own parameters, and the given ones would silently get zeros."""
+    model = torch.nn.Linear(1, 1)
+    step = mg.TrainStep(mg.weighted(lambda p, b: model(b["x"][:, None])[:, 0] ** 2), mg.optim.sgd(0.1))
+    with pytest.raises(ValueError, match="does not depend on the parameters.*functional_call"):
+        run(Squares(), step=step, params=model, metric=lambda state: state.params["weight"].sum())
+
+
+def test_what_can_be_read_once_is_refused():
+    loss = Squares()
+    with pytest.raises(ValueError, match="`batches` is a generator.*read once.*list"):
+        run(loss, batches=(batch() for _ in range(2)))
+    assert loss.calls == 0
+
+
+def test_a_container_whose_tensors_would_be_constants_is_refused():
+    loss = Squares()
+    meta = {"weights": torch.ones(3), "rates": torch.nn.ParameterDict({"lr": torch.ones(())})}
+    with pytest.raises(ValueError, match=r"meta\['rates'\] is a ParameterDict.*dict"):
+        run(loss, meta=meta)
+    assert loss.calls == 0
+
+
+def test_a_hyperparameter_that_would_reshape_a_parameter_is_refused():
+    step = mg.TrainStep(mg.weighted(Squares()), mg.optim.sgd(torch.ones(2)))
+    with pytest.raises(ValueError, match=r"parameter 'w' from .* shape \(\) into .* shape \(2,\)"):
+        run(Squares(), step=step)
+
+
+def test_inference_mode_is_refused():
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
+        run(Squares())
+
+
+def test_a_list_of_metrics_is_refused():
+    with pytest.raises(ValueError, match="`metric` is a list"):
+        run(Squares(), metric=[lambda state: state.params["w"]])

@@ -238,3 +238,19 @@ def test_a_target_without_gradient_stays_a_constant_at_the_first_step(weights):
     meta = {"weights": torch.tensor(weights)}
     arguments = lambda s: s.params["w"] ** 2, step, {"w": torch.tensor(0.5)}, [batch], meta
     assert_agree(mg.metagradient(*arguments), mg.check.unrolled(*arguments), rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:forward mode does not work")
+def test_centred_statistics_without_gradient_stay_constants_at_the_first_step():
+    """Their errors in forward mode add up to zero over the batch, so no check of a sum can see them."""
+
+    def loss(params, batch):
+        base = (params["w"] * batch["x"] - 2 * batch["x"]) ** 2
+        with torch.no_grad():
+            centred = base - base.mean()
+        return base + centred
+
+    step = mg.TrainStep(mg.weighted(loss), mg.optim.sgd(0.01))
+    batch = {"x": torch.tensor([1.0, 2.0, 3.0]), "index": torch.arange(3)}
+    arguments = lambda s: s.params["w"] ** 2, step, {"w": torch.tensor(0.5)}, [batch], {"weights": torch.ones(3)}
+    assert_agree(mg.metagradient(*arguments), mg.check.unrolled(*arguments), rtol=1e-9)

@@ -1,0 +1,73 @@
+"""What a step refuses, because the answer would be a wrong number without a word."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from metagrad._tree import describe, not_finite
+from metagrad._types import NonFiniteError, Params
+
+
+def refuse_shared_modules(module: torch.nn.Module) -> None:
+    """Raise for a submodule with two names: torch.func.functional_call would leave changed parameters in it."""
+    first: dict[torch.nn.Module, str] = {}
+    for name, child in module.named_modules(remove_duplicate=False):
+        holds_state = next(child.parameters(), None) is not None or next(child.buffers(), None) is not None
+        if child in first and holds_state:
+            raise ValueError(
+                f"the submodules {first[child]!r} and {name!r} are one object, which torch.func.functional_call cannot "
+                "handle. Share its parameters instead (b.weight = a.weight), or call one module twice."
+            )
+        first.setdefault(child, name)
+
+
+def refuse_non_finite_gradient(params: Params, gradient: Sequence[Tensor], step: int) -> None:
+    """Raise for a NaN or an infinity in a training gradient, naming the step and the parameters."""
+    if wrong := not_finite("params", params, gradient):
+        raise NonFiniteError(
+            f"the training gradient is not finite at step {step} in {', '.join(wrong)}, though the loss is. A square "
+            "root or a norm at 0 inside the loss does this; so does a learning rate that is too high."
+        )
+
+
+def constant_buffer(name: str, value: Tensor) -> Tensor:
+    """`value`, a buffer after the loss; raises if it carries a graph, which nobody would differentiate."""
+    if value.requires_grad:
+        raise ValueError(
+            f"the loss wrote a differentiable value into buffer {name!r}; buffers are carried as constants. "
+            "Detach it in the module, or make it a parameter."
+        )
+    return value
+
+
+def refuse_changed_shapes(before: Params, after: Params) -> None:
+    """Raise if an update gave a parameter another shape or type: a hyperparameter was broadcast over it."""
+    for name, old in before.items():
+        new = after[name]
+        if new.shape != old.shape or new.dtype != old.dtype:
+            raise ValueError(
+                f"the optimizer turned parameter {name!r} from {describe(old)} into {describe(new)}. Give every "
+                "hyperparameter as a number or a tensor of shape ()."
+            )
+
+
+def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:
+    """Raise if `outputs` went through a function that cannot be differentiated again.
+
+    torch leaves the result of a backward marked @once_differentiable without a path to its inputs, and a missing path
+    would be taken as a zero.
+    """
+    seen = set()
+    waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "the loss uses a function marked @once_differentiable, and a second derivative is needed. Write its "
+                "backward in differentiable operations, or replace the function."
+            )
+        waiting.extend(following for following, _ in node.next_functions if following is not None)
