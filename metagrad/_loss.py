@@ -126,3 +126,22 @@ def mean_share(losses: Tensor, piece: Piece, step: int) -> Scalar:
             "rate, or set `clip_norm`."
         )
     return losses if losses.ndim == 0 else losses.sum() / (piece.num_total or len(losses))
+
+
+def loss_gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor]:
+    """∇_θ loss in the order of `params`; zeros for parameters it does not use.
+
+    Raises:
+        ValueError: if it uses none of them.
+    """
+    leaves = list(params.values())
+    found = (
+        torch.autograd.grad(loss, leaves, create_graph=keep_graph, allow_unused=True) if loss.requires_grad else [None]
+    )
+    if all(gradient is None for gradient in found):
+        # A loss that calls the model itself has a gradient, but of the model's own parameters.
+        raise ValueError(
+            "the loss does not depend on the parameters. Use the `params` it is given: "
+            "torch.func.functional_call(model, params, ...), not model(...)."
+        )
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeAlias
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
 from metagrad._curvature import Contribution, pull_forward, pull_gradient
-from metagrad._loss import WeightedLoss, cut, mean_share
+from metagrad._loss import WeightedLoss, cut, loss_gradient, mean_share
 from metagrad._random import cuda_devices, read_rng, write_rng
 from metagrad._refusals import (
     constant_buffer,
@@ -20,15 +19,8 @@ from metagrad._refusals import (
     refuse_non_finite_gradient,
     refuse_shared_modules,
 )
-from metagrad._tree import (
-    describe,
-    detached,
-    floating_leaves,
-    independent,
-    tensor_leaves,
-    with_floating_leaves,
-)
-from metagrad._types import Batches, Loss, Params, Pull, Pullback, Scalar, State, Tree
+from metagrad._tree import describe, detached, floating_leaves, fresh, grouped, independent, tensor_leaves
+from metagrad._types import Batches, Loss, Params, Pull, Pullback, State, Tree
 from metagrad.optim import clip
 
 Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransformation]
@@ -143,7 +135,7 @@ class TrainStep:
             for name, value in state.params.items()
         }
         gradient, buffers, rng = self._sum_over_pieces(
-            lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
+            lambda loss: loss_gradient(loss, params, keep_graph), params, state, batch, meta
         )
         refuse_non_finite_gradient(params, gradient, state.step)
         new_params, optimizer = self._update(gradient, state.optimizer, params if keep_graph else state.params, meta)
@@ -158,7 +150,7 @@ class TrainStep:
         Cost: 9 forward passes in all (12 with micro-batches); at most 6 where only weights are asked for.
         """
         # Fresh leaves: the cotangent will carry everything that comes after this step.
-        params, optimizer, meta = _fresh(state.params), _fresh(state.optimizer), _fresh(meta)
+        params, optimizer, meta = fresh(state.params), fresh(state.optimizer), fresh(meta)
         param_leaves, optimizer_leaves, meta_leaves = map(floating_leaves, (params, optimizer, meta))
         # Forward mode is checked against the gradient, in which an example of weight 0 does not appear.
         linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta)
@@ -169,7 +161,7 @@ class TrainStep:
             return self._sum_over_pieces(contribution, params, state, batch, meta)[0]
 
         gradient, buffers, rng = self._sum_over_pieces(
-            lambda loss: _gradient(loss, params, keep_graph), params, state, batch, meta
+            lambda loss: loss_gradient(loss, params, keep_graph), params, state, batch, meta
         )
         refuse_non_finite_gradient(params, gradient, state.step)
         # Detached: the update is pulled back first, the gradient's own graph after it.
@@ -181,7 +173,7 @@ class TrainStep:
             # eq. 4: through the update, to the gradient (γ) and to everything the update reads directly.
             sources = (leaves, param_leaves, optimizer_leaves, meta_leaves)
             pulled = pull_gradient(floating_leaves(update), [leaf for group in sources for leaf in group], cotangent)
-            gamma, to_params, to_optimizer, to_meta = _grouped(pulled, sources)
+            gamma, to_params, to_optimizer, to_meta = grouped(pulled, sources)
 
             # eq. 5 and 6: through the gradient, to the parameters (Hγ) and to meta.
             groups = (param_leaves if wrt_state else [], meta_leaves)
@@ -191,8 +183,8 @@ class TrainStep:
             elif forward_mode and (fast := pull_forward(total, params, gradient, gamma, inputs)):
                 second = fast
             else:
-                second = total(lambda loss: pull_gradient(_gradient(loss, params, True), inputs, gamma))
-            hessian, mixed = _grouped(second, groups)
+                second = total(lambda loss: pull_gradient(loss_gradient(loss, params, True), inputs, gamma))
+            hessian, mixed = grouped(second, groups)
 
             meta_cotangent = [a + b for a, b in zip(to_meta, mixed, strict=True)]
             if not wrt_state:
@@ -240,29 +232,3 @@ class TrainStep:
     def _transformation(self, meta: Tree) -> GradientTransformation:
         chosen = self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta)
         return chosen if self.clip_norm is None else torchopt.chain(clip(self.clip_norm), chosen)
-
-
-def _gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor]:
-    """∇_θ loss in the order of `params`; zeros for parameters it does not use."""
-    leaves = list(params.values())
-    found = (
-        torch.autograd.grad(loss, leaves, create_graph=keep_graph, allow_unused=True) if loss.requires_grad else [None]
-    )
-    if all(gradient is None for gradient in found):
-        # A loss that calls the model itself has a gradient, but of the model's own parameters.
-        raise ValueError(
-            "the loss does not depend on the parameters. Use the `params` it is given: "
-            "torch.func.functional_call(model, params, ...), not model(...)."
-        )
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
-
-
-def _grouped(values: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
-    """`values` cut into lists as long as `groups`."""
-    remaining = iter(values)
-    return [list(islice(remaining, len(group))) for group in groups]
-
-
-def _fresh(tree: Tree) -> Tree:
-    """`tree` with floating-point leaves cut from any graph and ready to be differentiated."""
-    return with_floating_leaves(tree, [leaf.detach().requires_grad_() for leaf in floating_leaves(tree)])

@@ -1,6 +1,7 @@
 """Trees of tensors, seen as the flat list of their floating-point leaves."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import optree
@@ -47,6 +48,17 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
 def detached(tree: Tree) -> Tree:
     """`tree` without its graph, sharing its storage."""
     return map_tensors(Tensor.detach, tree)
+
+
+def fresh(tree: Tree) -> Tree:
+    """`tree` with floating-point leaves cut from any graph and ready to be differentiated."""
+    return with_floating_leaves(tree, [leaf.detach().requires_grad_() for leaf in floating_leaves(tree)])
+
+
+def grouped(values: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """`values` cut into lists as long as `groups`."""
+    remaining = iter(values)
+    return [list(islice(remaining, len(group))) for group in groups]
 
 
 def independent(tree: Tree) -> Tree:
