@@ -174,4 +174,4 @@ def _checked(step: Step, batches: Batches, meta: Tree) -> Tree:
                 "dicts, lists, tuples and named tuples of tensors, for instance dict(...)."
             )
     # Detached: the gradient with respect to these values is what is asked for, not that of whatever made them.
-    return with_floating_leaves(meta, [leaf.detach() for leaf in floating_leaves(meta)])
+    return detached(meta)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metagrad._tree import describe, map_tensors, tensor_leaves
-from metagrad._types import Batches, ExampleLoss, NonFiniteError, Params, Scalar, Tree
+from metagrad._types import ExampleLoss, NonFiniteError, Params, Scalar, Tree
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,21 @@ class WeightedLoss:
             )
         return weights * losses
 
-    def validate(self, batches: Batches, meta: Tree) -> None:
+    def index_range(self, batch: Tree, step: int) -> tuple[int, int]:
+        """The lowest and the highest example that the batch of `step` refers to.
+
+        Raises:
+            ValueError: if the batch does not say which examples it holds.
+        """
+        index = batch.get("index") if isinstance(batch, dict) else None
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"`mg.weighted` reads batch['index'], the index of each example's weight, but batch {step} is "
+                f"{describe(batch)}. Add an int64 tensor of shape (examples,) under the key 'index'."
+            )
+        return int(index.min()), int(index.max())
+
+    def validate(self, meta: Tree, lowest: int, highest: int) -> None:
         """Check before any training that every example has a weight.
 
         Raises:
@@ -42,16 +56,6 @@ class WeightedLoss:
                 f"{describe(meta if weights is None else weights)}. "
                 "Pass meta={'weights': torch.ones(num_examples)}."
             )
-        lowest, highest = 0, -1
-        for step in range(len(batches)):
-            batch = batches[step]
-            index = batch.get("index") if isinstance(batch, dict) else None
-            if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
-                raise ValueError(
-                    f"`mg.weighted` reads batch['index'], the index of each example's weight, but batch {step} is "
-                    f"{describe(batch)}. Add an int64 tensor of shape (examples,) under the key 'index'."
-                )
-            lowest, highest = min(lowest, int(index.min())), max(highest, int(index.max()))
         if lowest < 0:
             raise ValueError(f"a batch refers to example {lowest}. Indices count from 0.")
         if highest >= len(weights):

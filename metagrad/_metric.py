@@ -9,8 +9,8 @@ from metagrad._tree import (
     describe,
     differentiable,
     floating_leaves,
+    fresh,
     not_finite,
-    with_floating_leaves,
 )
 from metagrad._types import Metric, NonFiniteError, Params, Scalar, State
 
@@ -31,8 +31,7 @@ def checked_value(metric: Metric, state: State, initial: State) -> Value:
             statistics that differ from `initial`.
     """
     # Fresh leaves: Φ is differentiated with respect to this state, the replay does the rest.
-    leaves = [leaf.detach().requires_grad_() for leaf in floating_leaves(differentiable(state))]
-    params, optimizer = with_floating_leaves(differentiable(state), leaves)
+    params, optimizer = variables = fresh(differentiable(state))
     buffers = {
         # Cloned: a metric that runs a module in training mode updates its buffers in place.
         name: buffer.clone().requires_grad_(
@@ -55,7 +54,9 @@ def checked_value(metric: Metric, state: State, initial: State) -> Value:
             "the metric does not depend on the parameters. Compute it from `state.params`, for instance by "
             "torch.func.functional_call(model, state.params, ...)."
         )
-    return Value(phi, leaves, {name: buffer for name, buffer in buffers.items() if buffer.requires_grad})
+    return Value(
+        phi, floating_leaves(variables), {name: buffer for name, buffer in buffers.items() if buffer.requires_grad}
+    )
 
 
 def evaluate(metric: Metric, state: State, initial: State) -> tuple[Scalar, list[Tensor]]:

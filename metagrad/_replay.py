@@ -64,8 +64,8 @@ class Replay:
             )
         total = [torch.zeros_like(leaf) for leaf in floating_leaves(self.meta)]
         carried: list[Tensor] | None = list(cotangent)
-        evaluations = self.plan.cost.replayed + self.plan.cost.reversed
-        with tqdm(total=evaluations, desc="replay", unit="step", disable=not self.progress) as bar:
+        cost = self.plan.cost
+        with tqdm(total=cost.replayed + cost.reversed, desc="replay", unit="step", disable=not self.progress) as bar:
             for action in self.plan.reverse:
                 if not isinstance(action, Reverse):
                     state = self._move(action, state, bar)

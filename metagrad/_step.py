@@ -113,13 +113,16 @@ class TrainStep:
             )
         if len(batches) == 0:
             raise ValueError("`batches` is empty: there is no step to train. Pass at least one batch.")
+        ranges = []
         for step in range(len(batches)):
-            if any(leaf.numel() == 0 for leaf in tensor_leaves(batches[step])):
-                raise ValueError(
-                    f"batch {step} holds no examples ({describe(batches[step])}). Leave empty batches out."
-                )
+            batch = batches[step]
+            if any(leaf.numel() == 0 for leaf in tensor_leaves(batch)):
+                raise ValueError(f"batch {step} holds no examples ({describe(batch)}). Leave empty batches out.")
+            if isinstance(self.loss, WeightedLoss):
+                ranges.append(self.loss.index_range(batch, step))
         if isinstance(self.loss, WeightedLoss):
-            self.loss.validate(batches, meta)
+            lowest, highest = zip(*ranges, strict=True)
+            self.loss.validate(meta, min(lowest), max(highest))
 
     def __call__(self, state: State, batch: Tree, meta: Tree) -> State:
         """The state after one step on `batch`. With gradients enabled the result keeps its graph, otherwise not.
@@ -134,10 +137,7 @@ class TrainStep:
             name: value if keep_graph and value.requires_grad else value.detach().requires_grad_()
             for name, value in state.params.items()
         }
-        gradient, buffers, rng = self._sum_over_pieces(
-            lambda loss: loss_gradient(loss, params, keep_graph), params, state, batch, meta
-        )
-        refuse_non_finite_gradient(params, gradient, state.step)
+        gradient, buffers, rng = self._gradient(params, state, batch, meta, keep_graph)
         new_params, optimizer = self._update(gradient, state.optimizer, params if keep_graph else state.params, meta)
         return State(new_params, buffers, optimizer, rng, state.step + 1)
 
@@ -160,10 +160,7 @@ class TrainStep:
         def total(contribution: Contribution, params: Params = params) -> list[Tensor]:
             return self._sum_over_pieces(contribution, params, state, batch, meta)[0]
 
-        gradient, buffers, rng = self._sum_over_pieces(
-            lambda loss: loss_gradient(loss, params, keep_graph), params, state, batch, meta
-        )
-        refuse_non_finite_gradient(params, gradient, state.step)
+        gradient, buffers, rng = self._gradient(params, state, batch, meta, keep_graph)
         # Detached: the update is pulled back first, the gradient's own graph after it.
         leaves = [g.detach().requires_grad_() for g in gradient]
         with torch.enable_grad():
@@ -193,6 +190,16 @@ class TrainStep:
 
         new_params, new_optimizer = detached(update)
         return State(new_params, buffers, new_optimizer, rng, state.step + 1), pull
+
+    def _gradient(
+        self, params: Params, state: State, batch: Tree, meta: Tree, keep_graph: bool
+    ) -> tuple[list[Tensor], Params, tuple[Tensor, ...]]:
+        """∇_θ of the batch's mean loss (eq. 1), checked to be finite; then the buffers and randomness after."""
+        gradient, buffers, rng = self._sum_over_pieces(
+            lambda loss: loss_gradient(loss, params, keep_graph), params, state, batch, meta
+        )
+        refuse_non_finite_gradient(params, gradient, state.step)
+        return gradient, buffers, rng
 
     def _sum_over_pieces(
         self,

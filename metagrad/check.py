@@ -12,6 +12,7 @@ from metagrad._refusals import refuse_missing_derivatives
 from metagrad._tree import (
     detached,
     floating_leaves,
+    fresh,
     independent,
     names,
     same_bits,
@@ -111,8 +112,8 @@ def unrolled(
     Cost: 9 forward passes a step, and the activations of all steps in memory.
     """
     # Fresh leaves: the derivative is taken with respect to these values.
-    leaves = [leaf.detach().requires_grad_() for leaf in floating_leaves(meta)]
-    variables = with_floating_leaves(meta, leaves)
+    variables = fresh(meta)
+    leaves = floating_leaves(variables)
     initial = step.init(params, meta)
     starts = {name: p.detach().requires_grad_(wrt_params) for name, p in initial.params.items()}
     state = initial._replace(params=starts)
