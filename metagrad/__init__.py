@@ -1,25 +1,37 @@
 """Exact gradients of any metric of a trained model with respect to anything its training depended on."""
 
 from metagrad import check, optim
+from metagrad._custom import AutogradStep
+from metagrad._disk import DiskStore
 from metagrad._gradient import metagradient, train
+from metagrad._hierarchy import Hierarchical, Tree
 from metagrad._loss import weighted
+from metagrad._metric import Trajectory
 from metagrad._schedule import Binomial, EveryStep, Schedule
 from metagrad._step import TrainStep
-from metagrad._store import RamStore, Store
-from metagrad._types import NonFiniteError, ReplayMismatchError, Result, State, Stats
+from metagrad._store import PinnedStore, RamStore, Store
+from metagrad._types import NonFiniteError, ReplayMismatchError, Result, ResumeError, State, Stats, Step
 
 __all__ = [
+    "AutogradStep",
     "Binomial",
+    "DiskStore",
     "EveryStep",
+    "Hierarchical",
     "NonFiniteError",
+    "PinnedStore",
     "RamStore",
     "ReplayMismatchError",
     "Result",
+    "ResumeError",
     "Schedule",
     "State",
     "Stats",
+    "Step",
     "Store",
     "TrainStep",
+    "Trajectory",
+    "Tree",
     "check",
     "metagradient",
     "optim",

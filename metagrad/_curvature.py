@@ -1,7 +1,4 @@
-"""Second derivatives of one step's loss, contracted with the cotangent γ of its gradient (docs/theory.md, eq. 6).
-
-Nothing here forms a matrix: the functions return products with γ.
-"""
+"""Second derivatives of one step's loss by forward mode, contracted with the cotangent γ (docs/theory.md, eq. 6)."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,26 +9,11 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from metagrad._refusals import refuse_missing_derivatives
 from metagrad._tree import floating_leaves
 from metagrad._types import Params, Scalar
 
 Contribution: TypeAlias = Callable[[Scalar], list[Tensor]]
 """What one micro-batch's share of the loss adds to a sum over the batch."""
-
-
-def pull_gradient(gradient: Sequence[Tensor], inputs: Sequence[Tensor], gamma: Sequence[Tensor]) -> list[Tensor]:
-    """γᵀ ∂g/∂inputs by reverse over reverse, for a gradient g that still has its graph.
-
-    With inputs (θ, z) these are Hγ and (∂²L/∂z∂θ)γ. Exact zeros where g does not depend on an input.
-    Cost: two gradients, and about 2.8 times the memory of one.
-    """
-    refuse_missing_derivatives(gradient)
-    connected = [(g, c) for g, c in zip(gradient, gamma, strict=True) if g.requires_grad]
-    if not connected or not inputs:
-        return [torch.zeros_like(x) for x in inputs]
-    outputs, cotangents = zip(*connected, strict=True)
-    return list(torch.autograd.grad(outputs, inputs, cotangents, allow_unused=True, materialize_grads=True))
 
 
 def pull_forward(

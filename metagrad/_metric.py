@@ -1,52 +1,113 @@
-"""Φ and its cotangent at one state, with everything a metric can get wrong reported in the user's words."""
+"""What is differentiated: one or several metrics of the trained state, or of states on the way to it."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from metagrad._tree import (
-    describe,
-    differentiable,
-    floating_leaves,
-    fresh,
-    not_finite,
-)
-from metagrad._types import Metric, NonFiniteError, Params, Scalar, State
+from metagrad._buffers import DifferentiableStatistics
+from metagrad._tree import add, describe, differentiable, floating_leaves, fresh, not_finite
+from metagrad._types import Metric, NonFiniteError, Scalar, State, Term
 
 
-class Value(NamedTuple):
-    """Φ with its graph, and the tensors it was computed from: those that carry a cotangent, and changed buffers."""
+@dataclass(frozen=True)
+class Trajectory:
+    """Φ = Σ_t metrics[t](state_t): a metric of several states of one run, where state_t is the state before step t.
 
-    phi: Scalar
-    leaves: list[Tensor]
-    changed_buffers: Params
+    Args:
+        metrics: from step to metric; step T, the number of steps, is the trained state.
+
+    Example:
+        >>> import metagrad as mg
+        >>> loss = lambda state: state.params["w"] ** 2
+        >>> metric = mg.Trajectory({t: loss for t in range(1, 11)})  # the sum over ten steps
+    """
+
+    metrics: Mapping[int, Metric]
 
 
-def checked_value(metric: Metric, state: State, initial: State) -> Value:
-    """Φ = metric(state), checked to be something that can be differentiated.
+@dataclass(frozen=True)
+class Objective:
+    """K metrics, each a sum of terms at certain steps.
+
+    Attributes:
+        terms: for each metric, from step to the function of that step's state.
+        is_list: whether the user gave a list, and expects a leading axis.
+    """
+
+    terms: list[dict[int, Metric]]
+    is_list: bool
+
+    @staticmethod
+    def of(metric: Any, num_steps: int) -> "Objective":
+        """The objective that a user means by a metric, a `Trajectory`, or a list of them.
+
+        Raises:
+            ValueError: if it is none of these, or a step lies outside the run.
+        """
+        is_list = isinstance(metric, Sequence)
+        metrics = list(metric) if is_list else [metric]
+        if not metrics:
+            raise ValueError("`metric` is an empty list. Pass at least one function of the trained state.")
+        terms = [dict(m.metrics) if isinstance(m, Trajectory) else {num_steps: m} for m in metrics]
+        for steps in terms:
+            if not steps or not all(isinstance(t, int) and 0 <= t <= num_steps for t in steps):
+                raise ValueError(
+                    f"a `Trajectory` has metrics at steps {sorted(steps)}, but the run has states 0 to {num_steps}. "
+                    f"Name at least one of these; {num_steps} is the trained state."
+                )
+            if wrong := [m for m in steps.values() if not callable(m)]:
+                raise ValueError(
+                    f"`metric` is {describe(wrong[0])}. Pass a function of the trained state, a list of them, or a "
+                    "`Trajectory`."
+                )
+        return Objective(terms, is_list)
+
+    def try_on(self, state: State) -> list[Term]:
+        """Each metric's terms summed as if all were of this, the initial state; what cannot be differentiated is
+        reported before any training.
+
+        Raises:
+            ValueError: as `checked_value` does.
+        """
+        found = {id(m): m for steps in self.terms for m in steps.values()}
+        tried = {key: _term(metric, state) for key, metric in found.items()}
+        return [reduce(_sum, (tried[id(m)] for m in steps.values())) for steps in self.terms]
+
+    def at(self, state: State) -> list[Term | None]:
+        """What each metric adds at this state, None where it has no term.
+
+        Raises:
+            NonFiniteError: if a metric or its gradient is NaN or infinite.
+        """
+        return [evaluate(steps[state.step], state) if state.step in steps else None for steps in self.terms]
+
+    def stacked(self, gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """K lists of tensors as one list, with the leading axis that a list of metrics asks for."""
+        return [torch.stack(each) if self.is_list else each[0] for each in zip(*gradients, strict=True)]
+
+
+def value_of(metric: Metric, state: State) -> Scalar:
+    """Φ = metric(state) with its graph, through parameters, optimizer state and buffers alike."""
+    # Cloned: a metric that runs a module in training mode changes its buffers in place.
+    buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+    with torch.enable_grad(), DifferentiableStatistics() if buffers else nullcontext():
+        return metric(state._replace(buffers=buffers))
+
+
+def checked_value(metric: Metric, state: State) -> tuple[Scalar, list[Tensor]]:
+    """Φ = metric(state) with its graph, and the leaves it was computed from, checked to be differentiable.
 
     Raises:
-        ValueError: if Φ is not a floating-point scalar, does not depend on the parameters, or reads normalisation
-            statistics that differ from `initial`.
+        ValueError: if Φ is not a floating-point scalar, or depends on nothing that training changes.
     """
     # Fresh leaves: Φ is differentiated with respect to this state, the replay does the rest.
-    params, optimizer = variables = fresh(differentiable(state))
-    buffers = {
-        # Cloned: a metric that runs a module in training mode updates its buffers in place.
-        name: buffer.clone().requires_grad_(
-            buffer.is_floating_point() and not torch.equal(buffer, initial.buffers[name])
-        )
-        for name, buffer in state.buffers.items()
-    }
-    try:
-        with torch.enable_grad():
-            phi = metric(State(params, buffers, optimizer, state.rng, state.step))
-    except RuntimeError as error:
-        # torch refuses to differentiate these two at all, in several wordings.
-        if "running_mean" in str(error) or "running_var" in str(error):
-            raise ValueError(_buffer_message("the running statistics of a normalisation layer")) from error
-        raise
+    params, optimizer, buffers = variables = fresh(differentiable(state))
+    phi = value_of(metric, State(params, buffers, optimizer, state.rng, state.step))
     if not isinstance(phi, Tensor) or phi.ndim != 0 or not phi.is_floating_point():
         raise ValueError(f"the metric returned {describe(phi)}. Return a floating-point scalar, shape ().")
     if not phi.requires_grad:
@@ -54,45 +115,31 @@ def checked_value(metric: Metric, state: State, initial: State) -> Value:
             "the metric does not depend on the parameters. Compute it from `state.params`, for instance by "
             "torch.func.functional_call(model, state.params, ...)."
         )
-    return Value(
-        phi, floating_leaves(variables), {name: buffer for name, buffer in buffers.items() if buffer.requires_grad}
-    )
+    return phi, floating_leaves(variables)
 
 
-def evaluate(metric: Metric, state: State, initial: State) -> tuple[Scalar, list[Tensor]]:
-    """Φ = metric(state), and dΦ/ds in the order of `floating_leaves(differentiable(state))`.
-
-    Buffers are constants to the derivative. One that differs from `initial` depends on training, so a metric that
-    reads it differentiably is refused rather than answered with a part of the gradient.
+def evaluate(metric: Metric, state: State) -> Term:
+    """Φ = metric(state) and dΦ/ds.
 
     Raises:
-        ValueError: as `checked_value` does, and if the metric reads such a buffer.
+        ValueError: as `checked_value` does.
         NonFiniteError: if Φ or its gradient is NaN or infinite.
     """
-    phi, leaves, changed = checked_value(metric, state, initial)
-    sources = [*leaves, *changed.values()]
-    gradient = torch.autograd.grad(phi, sources, allow_unused=True)
-    read = [name for name, g in zip(changed, gradient[len(leaves) :], strict=True) if g is not None]
-    if read:
-        raise ValueError(_buffer_message(f"the buffers {', '.join(read)}"))
-    pairs = zip(leaves, gradient, strict=False)
-    cotangent = [torch.zeros_like(leaf) if g is None else g for leaf, g in pairs]
-    wrong = not_finite("state", differentiable(state), cotangent)
-    if wrong or not bool(torch.isfinite(phi.detach())):
+    term = _term(metric, state)
+    wrong = not_finite("state", differentiable(state), term.cotangent)
+    if wrong or not bool(torch.isfinite(term.value)):
         raise NonFiniteError(
-            f"the metric is {float(phi.detach())} after {state.step} steps"
+            f"the metric is {float(term.value)} after {state.step} steps"
             + (f", and its gradient is not finite in {', '.join(wrong)}." if wrong else ".")
         )
-    return phi.detach(), cotangent
+    return term
 
 
-def by_name(params: dict[str, Tensor], gradient: list[Tensor] | None) -> dict[str, Tensor] | None:
-    """The part of a state's gradient that belongs to its parameters, under their names."""
-    return None if gradient is None else dict(zip(params, gradient[: len(params)], strict=True))
+def _sum(left: Term, right: Term) -> Term:
+    return Term(left.value + right.value, add(left.cotangent, right.cotangent))
 
 
-def _buffer_message(what: str) -> str:
-    return (
-        f"the metric reads {what}, which training changes, and buffers are not differentiated: the gradient would be "
-        "incomplete. Detach them to take them as constants: {name: b.detach() for name, b in state.buffers.items()}."
-    )
+def _term(metric: Metric, state: State) -> Term:
+    phi, leaves = checked_value(metric, state)
+    gradient = torch.autograd.grad(phi, leaves, allow_unused=True, materialize_grads=True)
+    return Term(phi.detach(), list(gradient))

@@ -1,23 +1,39 @@
 """The random numbers of a training step: generator states as tensors, so that a replay draws the same."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
 from metagrad._types import Params
 
 
-def cuda_devices(params: Params) -> list[int]:
+def seeded(seed: int, params: Params) -> tuple[Tensor, ...]:
+    """The states of torch's own generators after `torch.manual_seed(seed)`: the CPU's, then each used device's."""
+    devices = _cuda_devices(params)
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return _read(devices)
+
+
+@contextmanager
+def drawing(rng: tuple[Tensor, ...], params: Params) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Draw from the generator states `rng` inside, and leave the caller's as they were; yields [the states after]."""
+    devices = _cuda_devices(params)
+    after: list[tuple[Tensor, ...]] = []
+    with torch.random.fork_rng(devices):
+        torch.set_rng_state(rng[0])
+        for device, state in zip(devices, rng[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        yield after
+        after.append(_read(devices))
+
+
+def _cuda_devices(params: Params) -> list[int]:
     """The CUDA devices that hold parameters; the CPU always draws too."""
     return sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
 
 
-def read_rng(devices: list[int]) -> tuple[Tensor, ...]:
-    """The state of torch's own generators: the CPU's, then each device's."""
+def _read(devices: list[int]) -> tuple[Tensor, ...]:
     return (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices))
-
-
-def write_rng(states: tuple[Tensor, ...], devices: list[int]) -> None:
-    """Put the generators in the state that `read_rng` returned."""
-    torch.set_rng_state(states[0])
-    for device, state in zip(devices, states[1:], strict=True):
-        torch.cuda.set_rng_state(state, device)

@@ -1,12 +1,13 @@
 """What a step refuses, because the answer would be a wrong number without a word."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 
+import optree
 import torch
 from torch import Tensor
 
-from metagrad._tree import describe, not_finite
-from metagrad._types import NonFiniteError, Params
+from metagrad._tree import describe, names, not_finite, tensor_leaves
+from metagrad._types import Batches, NonFiniteError, Params, Tree
 
 
 def refuse_shared_modules(module: torch.nn.Module) -> None:
@@ -31,16 +32,6 @@ def refuse_non_finite_gradient(params: Params, gradient: Sequence[Tensor], step:
         )
 
 
-def constant_buffer(name: str, value: Tensor) -> Tensor:
-    """`value`, a buffer after the loss; raises if it carries a graph, which nobody would differentiate."""
-    if value.requires_grad:
-        raise ValueError(
-            f"the loss wrote a differentiable value into buffer {name!r}; buffers are carried as constants. "
-            "Detach it in the module, or make it a parameter."
-        )
-    return value
-
-
 def refuse_changed_shapes(before: Params, after: Params) -> None:
     """Raise if an update gave a parameter another shape or type: a hyperparameter was broadcast over it."""
     for name, old in before.items():
@@ -50,6 +41,26 @@ def refuse_changed_shapes(before: Params, after: Params) -> None:
                 f"the optimizer turned parameter {name!r} from {describe(old)} into {describe(new)}. Give every "
                 "hyperparameter as a number or a tensor of shape ()."
             )
+
+
+def refuse_other_structure(what: str, given: Tree, expected: Tree) -> None:
+    """Raise unless two trees have the same structure, and tensors of the same shapes and types at the same places."""
+    if optree.tree_structure(given) != optree.tree_structure(expected):
+        raise ValueError(f"{what} is {describe(given)}, where {describe(expected)} was expected.")
+    for name, left, right in zip(names(what, expected), tensor_leaves(given), tensor_leaves(expected), strict=True):
+        if left.shape != right.shape or left.dtype != right.dtype:
+            raise ValueError(f"{name} is {describe(left)}, where {describe(right)} was expected.")
+
+
+def refuse_unreadable(batches: Batches) -> None:
+    """Raise unless `batches` has a length above 0 and can be read several times."""
+    if not isinstance(batches, Sized):
+        raise ValueError(
+            f"`batches` is a {type(batches).__name__}, which can be read once. Pass a list, or anything with len() "
+            "and [t] that gives the same batch at every reading."
+        )
+    if len(batches) == 0:
+        raise ValueError("`batches` is empty: there is no step to train. Pass at least one batch.")
 
 
 def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:

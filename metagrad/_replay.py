@@ -1,24 +1,48 @@
 """Training forward, and the same training backward: a plan's actions carried out on states."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from metagrad._schedule import Action, Drop, Load, Plan, Reverse, Run, Save
-from metagrad._store import Store
-from metagrad._tree import differentiable, floating_leaves, not_finite
-from metagrad._types import Batches, NonFiniteError, Pull, Pullback, State, Step, Tree
+from metagrad._store import Kept, Store
+from metagrad._tree import add, differentiable, floating_leaves, not_finite
+from metagrad._types import Batches, LinearStep, NonFiniteError, Pull, Pullback, Scalar, State, Term, Tree
+from metagrad._witness import Witness
+
+Terms = Callable[[State], Sequence[Term | None]]
+"""For each of K metrics what it adds at a state, None where nothing."""
 
 
-class Gradients(NamedTuple):
-    """dΦ of the floating-point leaves of the initial state (None unless asked for) and of `meta`."""
+class Progress(NamedTuple):
+    """How far K metrics were pulled back: everything of the steps from `step` on.
 
-    state: list[Tensor] | None
-    meta: list[Tensor]
+    Attributes:
+        values: the part of each Φ from states `step` … T; None before its first term.
+        carried: the cotangents of `state_step`, or None where nobody asks for those of the initial state.
+        totals: the gradients of `meta` so far.
+    """
+
+    step: int
+    values: list[Scalar | None]
+    carried: list[list[Tensor]] | None
+    totals: list[list[Tensor]]
+
+
+class Journal(Protocol):
+    """Told of every step, so that a run that is cut off can go on."""
+
+    def stepped(self, state: State) -> None:
+        """The forward run reached `state`."""
+        ...
+
+    def reversed(self, progress: Progress) -> None:
+        """The reverse pass came to `progress`."""
+        ...
 
 
 @dataclass
@@ -26,32 +50,42 @@ class Replay:
     """One training run that can be walked back once.
 
     Attributes:
-        wrt_params: whether the initial parameters are to have a gradient.
+        wrt_params: whether the initial state is to have a gradient.
         last_pull: the last step's pullback, made by the forward run where the plan keeps the state it belongs to.
         evaluations: plain step evaluations so far.
         reversals: steps reversed so far.
     """
 
-    step: Step
+    step: LinearStep
     batches: Batches
     meta: Tree
     plan: Plan
     store: Store
     wrt_params: bool
     progress: bool
+    witness: Witness
+    journal: Journal | None = None
     last_pull: Pull | None = field(default=None, init=False)
     evaluations: int = field(default=0, init=False)
     reversals: int = field(default=0, init=False)
+    unsaved: State | None = field(default=None, init=False)
+    extra: Tree = field(default=None, init=False)
 
     def forward(self, state: State) -> State:
         """The state after the last step, with what the plan asks for kept in the store."""
+        self.witness.see(state)
         with tqdm(total=self.plan.cost.forward, desc="train", unit="step", disable=not self.progress) as bar:
             for action in self.plan.forward:
                 state = self._move(action, state, bar)
         return state
 
-    def reverse(self, state: State, cotangent: Sequence[Tensor]) -> Gradients:
-        """Pull `cotangent`, that of the last `state`, back through every step, last to first.
+    def reverse(self, state: State, terms: Terms, begun: Progress | None = None) -> Progress:
+        """Pull the cotangents of K metrics back through every step, last to first.
+
+        Args:
+            state: the last one.
+            terms: of the K metrics at a state; asked for once at every state, last to first.
+            begun: how far an earlier process came.
 
         Raises:
             NonFiniteError: naming the step and the tensors whose cotangent is not finite.
@@ -62,59 +96,109 @@ class Replay:
                 "this training run was already walked back, and its kept states are gone. Call backward once per "
                 "`mg.train` (sum several losses first), or train again."
             )
-        total = [torch.zeros_like(leaf) for leaf in floating_leaves(self.meta)]
-        carried: list[Tensor] | None = list(cotangent)
-        cost = self.plan.cost
+        done = begun or self._nothing_yet(state, terms(state))
+        cost, actions = self.plan.cost, self.plan.reverse
         with tqdm(total=cost.replayed + cost.reversed, desc="replay", unit="step", disable=not self.progress) as bar:
-            for action in self.plan.reverse:
+            for number, action in enumerate(actions):
                 if not isinstance(action, Reverse):
                     state = self._move(action, state, bar)
                     continue
-                assert carried is not None and state.step == action.step
-                pull, self.last_pull = self.last_pull or self._linearize(state)[1], None
-                pulled = pull(carried)
-                _check_finite(action.step, state, self.meta, pulled)
-                carried, total = pulled.state, [a + b for a, b in zip(total, pulled.meta, strict=True)]
+                assert state.step == action.step == done.step - 1
+                following = next((a for a in actions[number + 1 :] if not isinstance(a, Drop)), None)
+                if isinstance(following, Load):
+                    self.store.expect(following.step)
+                done = self._pulled(state, done, terms)
                 self.reversals += 1
                 bar.update()
-        return Gradients(carried, total)
+                if self.journal is not None:
+                    self.journal.reversed(done)
+        return done
+
+    def _pulled(self, state: State, done: Progress, terms: Terms) -> Progress:
+        """One step further back: through the step that `state` is before, and with the metrics' terms at `state`."""
+        assert done.carried is not None
+        pull, self.last_pull = self.last_pull or self._linearize(state)[1], None
+        pulled = pull(done.carried)
+        for each in pulled:
+            _check_finite(state, self.meta, each)
+        totals = [add(total, each.meta) for total, each in zip(done.totals, pulled, strict=True)]
+        carried = None if pulled[0].state is None else [each.state or [] for each in pulled]
+        return _with_terms(Progress(state.step, done.values, carried, totals), terms(state))
+
+    def _nothing_yet(self, state: State, terms: Sequence[Term | None]) -> Progress:
+        zeros = [torch.zeros_like(leaf) for leaf in floating_leaves(differentiable(state))]
+        totals = [[torch.zeros_like(leaf) for leaf in floating_leaves(self.meta)] for _ in terms]
+        return _with_terms(Progress(state.step, [None for _ in terms], [zeros for _ in terms], totals), terms)
 
     def _move(self, action: Action, state: State, bar: tqdm) -> State:
+        if self.unsaved is not None and not isinstance(action, Run):
+            self._save(None)
         match action:
             case Save():
-                self.store.put(state)
+                self.unsaved = state
             case Load(step):
-                state = self.store.get(step)
+                state, self.extra = self.store.get(step)
             case Drop(step):
                 self.store.drop(step)
             case Run(start, stop):
-                for t in range(start, stop):
-                    assert state.step == t
-                    if t == len(self.batches) - 1:
-                        # Under every schedule, since a gradient with a graph may differ from one without in its last
-                        # bit; used again where this very step is reversed next.
-                        state, pull = self._linearize(state)
-                        self.last_pull = pull if self.plan.reverse[0] == Load(t) else None
-                    else:
-                        # No graph between steps: each step is differentiated by its own pullback.
-                        with torch.no_grad():
-                            state = self.step(state, self.batches[t], self.meta)
-                    self.evaluations += 1
+                assert state.step == start
+                for _ in range(start, stop):
+                    state = self._advance(state)
                     bar.update()
         return state
+
+    def _advance(self, state: State) -> State:
+        """One step forward; a state to be saved is saved with what this, its own step, finds worth keeping."""
+        if state.step == len(self.batches) - 1:
+            # Under every schedule, since a gradient with a graph may differ from one without in its last bit; used
+            # again where this very step is reversed next.
+            new, pull = self._linearize(state)
+            first = self.plan.reverse[0]
+            self.last_pull = pull if isinstance(first, Load) and first.step == state.step else None
+            extra = None
+        else:
+            # No graph between steps: each step is differentiated by its own pullback.
+            with torch.no_grad():
+                new, extra = self.step.advance(state, self.batches[state.step], self.meta)
+        if self.unsaved is not None:
+            self._save(extra)
+        self.witness.see(new)
+        self.evaluations += 1
+        self.extra = None
+        if self.journal is not None:
+            self.journal.stepped(new)
+        return new
+
+    def _save(self, extra: Tree) -> None:
+        assert self.unsaved is not None
+        self.store.put(Kept(self.unsaved, extra))
+        self.unsaved = None
 
     def _linearize(self, state: State) -> tuple[State, Pull]:
         # Step 0 needs no cotangent of its own state unless the initial parameters are to have a gradient.
         wrt_state = self.wrt_params or state.step > 0
-        return self.step.vjp(state, self.batches[state.step], self.meta, wrt_state=wrt_state)
+        batch, extra = self.batches[state.step], self.extra
+        return self.step.vjp(state, batch, self.meta, wrt_state=wrt_state, kept=extra)
 
 
-def _check_finite(step: int, state: State, meta: Tree, pulled: Pullback) -> None:
+def _with_terms(progress: Progress, terms: Sequence[Term | None]) -> Progress:
+    """`progress` with what each metric adds at its state."""
+    values, carried = list(progress.values), None if progress.carried is None else list(progress.carried)
+    for k, term in enumerate(terms):
+        if term is not None:
+            before = values[k]
+            values[k] = term.value if before is None else before + term.value
+            if carried is not None:
+                carried[k] = add(carried[k], term.cotangent)
+    return progress._replace(values=values, carried=carried)
+
+
+def _check_finite(state: State, meta: Tree, pulled: Pullback) -> None:
     wrong = not_finite("meta", meta, pulled.meta)
     if pulled.state is not None:
         wrong = not_finite("state", differentiable(state), pulled.state) + wrong
     if wrong:
         raise NonFiniteError(
-            f"the cotangent is not finite at step {step} in {', '.join(wrong)}. The run itself is finite; its "
+            f"the cotangent is not finite at step {state.step} in {', '.join(wrong)}. The run itself is finite; its "
             "derivative is not. With Adam, a larger `eps_root` usually helps: see docs/stability.md."
         )

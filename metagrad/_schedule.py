@@ -5,16 +5,17 @@ classical problem of reversing T + 1 steps of which the last is the metric [grie
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import NamedTuple, TypeAlias
 
 
 class Save(NamedTuple):
-    """Keep the state in hand, which is `state_step`."""
+    """Keep the state in hand, which is `state_step`: on disk, or where the store likes."""
 
     step: int
+    on_disk: bool = False
 
 
 class Load(NamedTuple):
@@ -55,15 +56,16 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to do before the metric is known, and after."""
+    """What to do before the last metric is known, and after; `kept` states are there at the start."""
 
     forward: list[Action]
     reverse: list[Action]
+    kept: int = 0
 
     @property
     def cost(self) -> Cost:
         """Evaluations and kept states, counted action by action."""
-        kept = peak = 0
+        kept = peak = self.kept
         for action in [*self.forward, *self.reverse]:
             kept += isinstance(action, Save) - isinstance(action, Drop)
             peak = max(peak, kept)
@@ -75,8 +77,36 @@ class Schedule(ABC):
     """When to keep which state. Changes the cost of a metagradient, never its numbers."""
 
     @abstractmethod
+    def reversal(self, start: int, stop: int, kept: int) -> Iterator[Action]:
+        """Reverse steps start … stop − 1, last to first: `state_start` is in hand, and kept as the last of `kept`."""
+
     def plan(self, num_steps: int) -> Plan:
         """The actions that run `num_steps` steps and then reverse each once, last to first."""
+        actions = [self.first(), *self.reversal(0, num_steps + 1, kept=1), Drop(0)]
+        end = _metric_in(actions)
+        return Plan(actions[:end], actions[end + 1 :])
+
+    def first(self) -> Save:
+        """How the initial state is kept."""
+        return Save(0)
+
+    def rest(self, num_steps: int, kept: Sequence[int], reversed_to: int | None) -> Plan:
+        """The plan of a run that was cut off: `kept` states are left, ascending from 0.
+
+        Args:
+            reversed_to: the last step that was reversed, or None if the metric is not yet known.
+        """
+        stop = num_steps + 1 if reversed_to is None else reversed_to
+        actions: list[Action] = []
+        for number, start in reversed(list(enumerate(kept, start=1))):
+            if start < stop:
+                actions += [Load(start), *self.reversal(start, stop, kept=number)]
+                stop = start
+            actions.append(Drop(start))
+        if reversed_to is not None:
+            return Plan([], actions, len(kept))
+        end = _metric_in(actions)
+        return Plan(actions[:end], actions[end + 1 :], len(kept))
 
     def cost(self, num_steps: int) -> Cost:
         """What `plan(num_steps)` costs, known before anything is trained."""
@@ -97,45 +127,59 @@ class Binomial(Schedule):
     slots: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.slots, int) or self.slots < 1:
-            raise ValueError(f"`slots` is {self.slots}, but the initial state needs one. Pass 1 or more, an integer.")
+        refuse_count("slots", self.slots, 1, "the initial state needs one")
 
-    def plan(self, num_steps: int) -> Plan:
-        metric = Reverse(num_steps)
-        actions = list(_reversal(0, num_steps + 1, self.slots))
-        end = actions.index(metric)
-        return Plan([Save(0), *actions[:end]], [*actions[end + 1 :], Drop(0)])
+    def reversal(self, start: int, stop: int, kept: int) -> Iterator[Action]:
+        # Never less than its own: a run cut off under more slots has more states left than fit.
+        return binomial(start, stop, max(self.slots - kept + 1, 1))
 
 
 @dataclass(frozen=True)
 class EveryStep(Schedule):
     """Every state kept: no replay, memory proportional to the number of steps."""
 
-    def plan(self, num_steps: int) -> Plan:
-        return Binomial(slots=max(num_steps, 1)).plan(num_steps)
+    def reversal(self, start: int, stop: int, kept: int) -> Iterator[Action]:
+        return binomial(start, stop, stop - start)
 
 
-def _reversal(start: int, stop: int, slots: int) -> Iterator[Action]:
+def binomial(start: int, stop: int, slots: int) -> Iterator[Action]:
     """Reverse steps start … stop − 1 with `state_start` kept in one of the `slots` and in hand."""
+    if slots >= stop - start:
+        yield from _keep_all(start, stop)
+        return
     while stop - start > 1:
-        split = stop - 1 if slots == 1 else start + _split(stop - start, slots)
+        split = stop - 1 if slots == 1 else start + best_split(stop - start, slots)
         yield Run(start, split)
         if slots == 1 or split == stop - 1:
             yield Reverse(split)
         else:
             yield Save(split)
-            yield from _reversal(split, stop, slots - 1)
+            yield from binomial(split, stop, slots - 1)
             yield Drop(split)
         yield Load(start)
         stop = split
     yield Reverse(start)
 
 
-def _split(num_steps: int, slots: int) -> int:
-    """The smallest optimal distance to the next kept state, by bisection: the cost is convex in it."""
+def _keep_all(start: int, stop: int) -> Iterator[Action]:
+    """`binomial` where every state has a slot, without its recursion."""
+    for step in range(start, stop - 1):
+        yield Run(step, step + 1)
+        if step + 1 < stop - 1:
+            yield Save(step + 1)
+    yield Reverse(stop - 1)
+    for step in range(stop - 2, start - 1, -1):
+        yield Load(step)
+        yield Reverse(step)
+        if step > start:
+            yield Drop(step)
+
+
+def best_split(num_steps: int, slots: int) -> int:
+    """The smallest optimal distance to the next kept state, for two slots or more; the cost is convex in it."""
 
     def cost(distance: int) -> int:
-        return distance + _evaluations(num_steps - distance, slots - 1) + _evaluations(distance, slots)
+        return distance + evaluations(num_steps - distance, slots - 1) + evaluations(distance, slots)
 
     low, high = 1, num_steps - 1
     while low < high:
@@ -147,7 +191,7 @@ def _split(num_steps: int, slots: int) -> int:
     return low
 
 
-def _evaluations(num_steps: int, slots: int) -> int:
+def evaluations(num_steps: int, slots: int) -> int:
     """The fewest runs that reverse `num_steps` steps: r·l − C(slots + r, r − 1) [griewank2000]."""
     if num_steps == 1:
         return 0
@@ -155,6 +199,16 @@ def _evaluations(num_steps: int, slots: int) -> int:
     while comb(slots + sweeps, sweeps) < num_steps:
         sweeps += 1
     return sweeps * num_steps - comb(slots + sweeps, sweeps - 1)
+
+
+def refuse_count(name: str, value: int, least: int, why: str) -> None:
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` is {value}, but {why}. Pass an integer, {least} or more.")
+
+
+def _metric_in(actions: list[Action]) -> int:
+    """Where the metric is evaluated: the first reversal, of the step after the last."""
+    return next(number for number, action in enumerate(actions) if isinstance(action, Reverse))
 
 
 def _steps_run(actions: list[Action]) -> int:

@@ -1,26 +1,21 @@
 """One training step, θ ↦ U(θ, ∇L(θ)), and its pullback. Everything that defines the step is in the step."""
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 import torchopt
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchopt.base import GradientTransformation
 
-from metagrad._curvature import Contribution, pull_forward, pull_gradient
-from metagrad._loss import WeightedLoss, cut, loss_gradient, mean_share
-from metagrad._random import cuda_devices, read_rng, write_rng
-from metagrad._refusals import (
-    constant_buffer,
-    refuse_changed_shapes,
-    refuse_non_finite_gradient,
-    refuse_shared_modules,
-)
-from metagrad._tree import describe, detached, floating_leaves, fresh, grouped, independent, tensor_leaves
-from metagrad._types import Batches, Loss, Params, Pull, Pullback, State, Tree
+from metagrad._batch import BatchLoss, Evaluated, Start
+from metagrad._loss import WeightedLoss
+from metagrad._pullback import StepPullback
+from metagrad._random import seeded
+from metagrad._refusals import refuse_changed_shapes, refuse_other_structure, refuse_shared_modules, refuse_unreadable
+from metagrad._tree import describe, detached, differentiable, fresh, independent, tensor_leaves
+from metagrad._types import Batches, Loss, Params, Pull, State, Tree
 from metagrad.optim import clip
 
 Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransformation]
@@ -40,6 +35,8 @@ class TrainStep:
             `torch.nn.utils.clip_grad_norm_`.
         seed: start of the random numbers that the loss may draw (dropout). They are part of the state, so a replay
             draws the same; the generator of the caller is left as it was.
+        constant_buffers: take buffers (running statistics) as constants. Otherwise they are state like any other, and
+            a metric or a loss that reads them is differentiated through them.
 
     Raises:
         ValueError: for a `microbatch_size` or a `clip_norm` that is not positive.
@@ -53,6 +50,7 @@ class TrainStep:
     microbatch_size: int | None = None
     clip_norm: float | None = None
     seed: int = 0
+    constant_buffers: bool = False
 
     def __post_init__(self) -> None:
         if self.microbatch_size is not None and self.microbatch_size < 1:
@@ -69,21 +67,25 @@ class TrainStep:
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"`clip_norm` is {self.clip_norm}. Pass a norm above 0, or None not to clip.")
 
-    def init(self, params: Mapping[str, Tensor] | torch.nn.Module, meta: Tree) -> State:
+    def init(self, params: Mapping[str, Tensor] | torch.nn.Module | State, meta: Tree) -> State:
         """The state before step 0: copies of the parameters and buffers, a fresh optimizer, seeded randomness.
 
         A module gives its trainable parameters and all buffers, tied ones once; its frozen parameters stay inside it.
+        A state, for instance of an earlier run, is continued as it is, and counted from step 0.
 
         Raises:
-            ValueError: if there is nothing to train, an entry is not a floating-point tensor, or a module with
-                parameters or buffers stands in two places.
+            ValueError: if there is nothing to train, an entry is not a floating-point tensor, a module with parameters
+                or buffers stands in two places, or a given optimizer state belongs to another optimizer.
         """
-        if isinstance(params, torch.nn.Module):
+        given = params if isinstance(params, State) else None
+        buffers: Mapping[str, Tensor] = {}
+        if isinstance(params, State):
+            buffers = params.buffers
+            params = params.params
+        elif isinstance(params, torch.nn.Module):
             refuse_shared_modules(params)
             buffers = dict(params.named_buffers())
             params = {name: p for name, p in params.named_parameters() if p.requires_grad}
-        else:
-            buffers = {}
         if not params:
             raise ValueError("there are no parameters to train: pass a non-empty dict, or a module that is not frozen.")
         for name, value in params.items():
@@ -94,11 +96,12 @@ class TrainStep:
                 )
         # Copies: what the caller does to the model between the run and its replay must not reach the replay.
         own: Params = independent({name: params[name] for name in sorted(params)})
-        devices = cuda_devices(own)
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed)
-            rng = read_rng(devices)
-        return State(own, independent(buffers), self._transformation(meta).init(own), rng, step=0)
+        optimizer = self._transformation(meta).init(own)
+        if given is not None:
+            refuse_other_structure("the optimizer state", given.optimizer, optimizer)
+            optimizer = independent(given.optimizer)
+        rng = given.rng if given is not None and given.rng else seeded(self.seed, own)
+        return State(own, independent(dict(buffers)), optimizer, rng, step=0)
 
     def validate(self, batches: Batches, meta: Tree) -> None:
         """Check all batches before any training.
@@ -106,13 +109,7 @@ class TrainStep:
         Raises:
             ValueError: for no batches, an empty batch, or weights that do not fit the batches.
         """
-        if not isinstance(batches, Sized):
-            raise ValueError(
-                f"`batches` is a {type(batches).__name__}, which can be read once. Pass a list, or anything with len() "
-                "and [t] that gives the same batch at every reading."
-            )
-        if len(batches) == 0:
-            raise ValueError("`batches` is empty: there is no step to train. Pass at least one batch.")
+        refuse_unreadable(batches)
         ranges = []
         for step in range(len(batches)):
             batch = batches[step]
@@ -131,101 +128,50 @@ class TrainStep:
             NonFiniteError: if the loss or its gradient is NaN or infinite.
             ValueError: if the loss has the wrong shape or does not depend on the parameters.
         """
-        keep_graph = torch.is_grad_enabled()
-        # Without a graph the parameters are fresh leaves: whatever produced them is not differentiated here.
-        params = {
-            name: value if keep_graph and value.requires_grad else value.detach().requires_grad_()
-            for name, value in state.params.items()
-        }
-        gradient, buffers, rng = self._gradient(params, state, batch, meta, keep_graph)
-        new_params, optimizer = self._update(gradient, state.optimizer, params if keep_graph else state.params, meta)
-        return State(new_params, buffers, optimizer, rng, state.step + 1)
+        if not torch.is_grad_enabled():
+            return self.advance(state, batch, meta)[0]
+        # What has a graph keeps it; the other parameters become leaves of this step alone.
+        params = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in state.params.items()}
+        evaluated = self._loss_of(batch, state).gradient(params, Start(state.buffers, state.rng), meta, keep_graph=True)
+        return _next(state, evaluated, self._update(evaluated.gradient, state.optimizer, params, meta))
 
-    def vjp(self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool) -> tuple[State, Pull]:
-        """The state after one step on `batch`, and the map that pulls its cotangent back (docs/theory.md, eq. 4–6).
+    def advance(self, state: State, batch: Tree, meta: Tree) -> tuple[State, Evaluated | None]:
+        """The next state without a graph; with micro-batches also their gradient, which a pullback needs whole."""
+        start = Start(state.buffers, state.rng)
+        evaluated = self._loss_of(batch, state).gradient(fresh(state.params), start, meta, keep_graph=False)
+        with torch.no_grad():
+            update = self._update(evaluated.gradient, state.optimizer, state.params, meta)
+        return _next(state, evaluated, update), evaluated if self.microbatch_size is not None else None
+
+    def vjp(
+        self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool, kept: Evaluated | None = None
+    ) -> tuple[State, Pull]:
+        """The state after one step on `batch`, and the map that pulls its cotangents back (docs/theory.md, eq. 4–6).
 
         Without `wrt_state` no Hessian product is formed; if besides the loss is `weighted` and no weight of the batch
-        is (nearly) 0, one forward-mode pass replaces the second backward. The map can be used once.
+        is (nearly) 0, one forward-mode pass replaces the second backward. `kept` is what `advance` gave at `state`.
 
-        Cost: 9 forward passes in all (12 with micro-batches); at most 6 where only weights are asked for.
+        Cost: 9 forward passes in all; with micro-batches 12, or 9 with `kept`; at most 6 where only weights are asked
+        for. Each further cotangent costs 6.
         """
-        # Fresh leaves: the cotangent will carry everything that comes after this step.
-        params, optimizer, meta = fresh(state.params), fresh(state.optimizer), fresh(meta)
-        param_leaves, optimizer_leaves, meta_leaves = map(floating_leaves, (params, optimizer, meta))
+        # Fresh leaves: the cotangents will carry everything that comes after this step.
+        inputs, meta = fresh(differentiable(state)), fresh(meta)
         # Forward mode is checked against the gradient, in which an example of weight 0 does not appear.
         linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta)
         forward_mode = not wrt_state and linear
-        keep_graph = self.microbatch_size is None and not forward_mode
-
-        def total(contribution: Contribution, params: Params = params) -> list[Tensor]:
-            return self._sum_over_pieces(contribution, params, state, batch, meta)[0]
-
-        gradient, buffers, rng = self._gradient(params, state, batch, meta, keep_graph)
+        has_graph = self.microbatch_size is None and not forward_mode
+        loss = self._loss_of(batch, state)
+        start = Start(inputs.buffers if has_graph else state.buffers, state.rng)
+        evaluated = kept or loss.gradient(inputs.params, start, meta, keep_graph=has_graph)
         # Detached: the update is pulled back first, the gradient's own graph after it.
-        leaves = [g.detach().requires_grad_() for g in gradient]
+        gradient = [g.detach().requires_grad_() for g in evaluated.gradient]
         with torch.enable_grad():
-            update = self._update(leaves, optimizer, params, meta)
+            update = self._update(gradient, inputs.optimizer, inputs.params, meta)
+        pull = StepPullback(loss, inputs, meta, evaluated, gradient, update, wrt_state, has_graph, forward_mode)
+        return detached(_next(state, evaluated, update)), pull
 
-        def pull(cotangent: Sequence[Tensor]) -> Pullback:
-            # eq. 4: through the update, to the gradient (γ) and to everything the update reads directly.
-            sources = (leaves, param_leaves, optimizer_leaves, meta_leaves)
-            pulled = pull_gradient(floating_leaves(update), [leaf for group in sources for leaf in group], cotangent)
-            gamma, to_params, to_optimizer, to_meta = grouped(pulled, sources)
-
-            # eq. 5 and 6: through the gradient, to the parameters (Hγ) and to meta.
-            groups = (param_leaves if wrt_state else [], meta_leaves)
-            inputs = [leaf for group in groups for leaf in group]
-            if keep_graph:
-                second = pull_gradient(gradient, inputs, gamma)
-            elif forward_mode and (fast := pull_forward(total, params, gradient, gamma, inputs)):
-                second = fast
-            else:
-                second = total(lambda loss: pull_gradient(loss_gradient(loss, params, True), inputs, gamma))
-            hessian, mixed = grouped(second, groups)
-
-            meta_cotangent = [a + b for a, b in zip(to_meta, mixed, strict=True)]
-            if not wrt_state:
-                return Pullback(None, meta_cotangent)
-            return Pullback([*(a + b for a, b in zip(to_params, hessian, strict=True)), *to_optimizer], meta_cotangent)
-
-        new_params, new_optimizer = detached(update)
-        return State(new_params, buffers, new_optimizer, rng, state.step + 1), pull
-
-    def _gradient(
-        self, params: Params, state: State, batch: Tree, meta: Tree, keep_graph: bool
-    ) -> tuple[list[Tensor], Params, tuple[Tensor, ...]]:
-        """∇_θ of the batch's mean loss (eq. 1), checked to be finite; then the buffers and randomness after."""
-        gradient, buffers, rng = self._sum_over_pieces(
-            lambda loss: loss_gradient(loss, params, keep_graph), params, state, batch, meta
-        )
-        refuse_non_finite_gradient(params, gradient, state.step)
-        return gradient, buffers, rng
-
-    def _sum_over_pieces(
-        self,
-        contribution: Contribution,
-        params: Params,
-        state: State,
-        batch: Tree,
-        meta: Tree,
-    ) -> tuple[list[Tensor], Params, tuple[Tensor, ...]]:
-        """`contribution` of each micro-batch's share of the mean loss, summed; then the buffers and randomness after.
-
-        Buffers and random numbers start from the state at every call, so each pass over a batch sees the same.
-        """
-        devices = cuda_devices(state.params)
-        # Cloned: modules update their buffers in place, and the state is a value.
-        buffers = {name: value.clone() for name, value in state.buffers.items()}
-        total: list[Tensor] = []
-        with torch.random.fork_rng(devices), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            write_rng(state.rng, devices)
-            for piece in cut(batch, self.microbatch_size):
-                variables = {**params, **buffers}
-                share = mean_share(self.loss(variables, piece.batch, meta), piece, state.step)
-                buffers = {name: constant_buffer(name, variables[name]) for name in buffers}
-                new = contribution(share)
-                total = [a + b for a, b in zip(total, new, strict=True)] if total else new
-            return total, buffers, read_rng(devices)
+    def _loss_of(self, batch: Tree, state: State) -> BatchLoss:
+        return BatchLoss(self.loss, batch, state.step, self.microbatch_size, self.constant_buffers)
 
     def _update(self, gradient: Sequence[Tensor], optimizer: Tree, params: Params, meta: Tree) -> tuple[Params, Tree]:
         """Parameters and optimizer state after the update by `gradient` (in the order of `params`)."""
@@ -239,3 +185,7 @@ class TrainStep:
     def _transformation(self, meta: Tree) -> GradientTransformation:
         chosen = self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta)
         return chosen if self.clip_norm is None else torchopt.chain(clip(self.clip_norm), chosen)
+
+
+def _next(state: State, evaluated: Evaluated, update: tuple[Params, Tree]) -> State:
+    return State(update[0], evaluated.end.buffers, update[1], evaluated.end.rng, state.step + 1)

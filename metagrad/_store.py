@@ -1,49 +1,145 @@
 """Where kept states live between the forward run and their reversal."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
+from typing import NamedTuple
 
-from metagrad._tree import num_bytes
-from metagrad._types import State
+import torch
+from torch import Tensor
+
+from metagrad._tree import map_tensors, num_bytes
+from metagrad._types import State, Tree
+
+
+class Kept(NamedTuple):
+    """A state, and what its step found worth keeping for its pullback (None: nothing)."""
+
+    state: State
+    extra: Tree
+
+
+class Bytes(NamedTuple):
+    """Bytes in RAM (on a GPU: in the memory of the device that holds them) and on disk."""
+
+    ram: int
+    disk: int
 
 
 class Store(ABC):
     """A place for states, filled and emptied by the replay."""
 
     @abstractmethod
-    def put(self, state: State) -> None:
-        """Keep `state` under its step."""
+    def put(self, kept: Kept) -> None:
+        """Keep a state under its step."""
 
     @abstractmethod
-    def get(self, step: int) -> State:
-        """The state kept under `step`."""
+    def get(self, step: int) -> Kept:
+        """What is kept under `step`."""
 
     @abstractmethod
     def drop(self, step: int) -> None:
-        """Forget the state kept under `step`."""
+        """Forget what is kept under `step`."""
 
     @property
     @abstractmethod
-    def peak_bytes(self) -> tuple[int, int]:
-        """The largest number of bytes held at a time, in RAM and on disk."""
+    def peak_bytes(self) -> Bytes:
+        """The most bytes held at a time."""
+
+    def expect(self, step: int) -> None:  # noqa: B027  # not abstract: only slow stores have something to fetch
+        """Prepare for `get(step)`, which comes next."""
+
+    def close(self) -> None:  # noqa: B027  # not abstract: only stores that work in the background have something to end
+        """Finish what is under way."""
 
 
 class RamStore(Store):
     """States kept as they are, on the device they were computed on: steps are pure, so nothing is copied."""
 
     def __init__(self) -> None:
-        self._states: dict[int, State] = {}
-        self._peak = 0
+        self._kept: dict[int, Kept] = {}
+        self._bytes = self._peak = 0
 
-    def put(self, state: State) -> None:
-        self._states[state.step] = state
-        self._peak = max(self._peak, num_bytes(list(self._states.values())))
+    def put(self, kept: Kept) -> None:
+        self._kept[kept.state.step] = kept
+        self._bytes += num_bytes(kept)
+        self._peak = max(self._peak, self._bytes)
 
-    def get(self, step: int) -> State:
-        return self._states[step]
+    def get(self, step: int) -> Kept:
+        return self._kept[step]
 
     def drop(self, step: int) -> None:
-        del self._states[step]
+        self._bytes -= num_bytes(self._kept.pop(step))
 
     @property
-    def peak_bytes(self) -> tuple[int, int]:
-        return self._peak, 0
+    def peak_bytes(self) -> Bytes:
+        return Bytes(self._peak, 0)
+
+
+class PinnedStore(Store):
+    """States of a GPU kept in the pinned memory of its host, so that they do not take the GPU's.
+
+    Raises:
+        ValueError: where there is no CUDA device; use `RamStore` there.
+    """
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise ValueError("`PinnedStore` keeps the states of a GPU, but torch finds no CUDA device. Use RamStore().")
+        self._host = RamStore()
+        self._devices: dict[int, list[torch.device]] = {}
+
+    def put(self, kept: Kept) -> None:
+        devices: list[torch.device] = []
+
+        def to_host(leaf: Tensor) -> Tensor:
+            devices.append(leaf.device)
+            if leaf.device.type == "cpu":
+                return leaf
+            return torch.empty_like(leaf, device="cpu", pin_memory=True).copy_(leaf)
+
+        self._host.put(map_tensors(to_host, kept))
+        self._devices[kept.state.step] = devices
+
+    def get(self, step: int) -> Kept:
+        devices = iter(self._devices[step])
+        kept: Kept = map_tensors(lambda leaf: leaf.to(next(devices), non_blocking=True), self._host.get(step))
+        return kept
+
+    def drop(self, step: int) -> None:
+        self._host.drop(step)
+        del self._devices[step]
+
+    @property
+    def peak_bytes(self) -> Bytes:
+        return self._host.peak_bytes
+
+
+class TieredStore(Store):
+    """Two stores under one schedule: the states of `disk_steps` in the second, all others in the first."""
+
+    def __init__(self, fast: Store, slow: Store, disk_steps: Collection[int]) -> None:
+        self.fast, self.slow, self.disk_steps = fast, slow, frozenset(disk_steps)
+
+    def put(self, kept: Kept) -> None:
+        self._of(kept.state.step).put(kept)
+
+    def get(self, step: int) -> Kept:
+        return self._of(step).get(step)
+
+    def drop(self, step: int) -> None:
+        self._of(step).drop(step)
+
+    def expect(self, step: int) -> None:
+        self._of(step).expect(step)
+
+    def close(self) -> None:
+        self.fast.close()
+        self.slow.close()
+
+    @property
+    def peak_bytes(self) -> Bytes:
+        fast, slow = self.fast.peak_bytes, self.slow.peak_bytes
+        return Bytes(fast.ram + slow.ram, fast.disk + slow.disk)
+
+    def _of(self, step: int) -> Store:
+        return self.slow if step in self.disk_steps else self.fast

@@ -61,6 +61,16 @@ def grouped(values: Sequence[Tensor], groups: Sequence[Sequence[Tensor]]) -> lis
     return [list(islice(remaining, len(group))) for group in groups]
 
 
+def joined(groups: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """The inverse of `grouped`."""
+    return [value for group in groups for value in group]
+
+
+def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
+    """The sum, tensor by tensor."""
+    return [a + b for a, b in zip(left, right, strict=True)]
+
+
 def independent(tree: Tree) -> Tree:
     """A copy that shares neither storage nor graph with `tree`, so that nobody can change it later."""
     return map_tensors(lambda leaf: leaf.detach().clone(), tree)
@@ -71,11 +81,12 @@ class Differentiable(NamedTuple):
 
     params: Params
     optimizer: Tree
+    buffers: Params
 
 
 def differentiable(state: State) -> Differentiable:
-    """The parameters, then the optimizer state."""
-    return Differentiable(state.params, state.optimizer)
+    """The parameters, then the optimizer state, then the buffers."""
+    return Differentiable(state.params, state.optimizer, state.buffers)
 
 
 def num_bytes(tree: Tree) -> int:

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metagrad._metric import by_name, checked_value
+from metagrad._custom import as_linear
+from metagrad._metric import checked_value, value_of
 from metagrad._refusals import refuse_missing_derivatives
 from metagrad._tree import (
     detached,
@@ -74,6 +75,7 @@ def finite_differences(
     Cost: 2 · num_levels · num_directions training runs. Use float64: in float32 the differences drown in rounding.
     """
     generator = torch.Generator().manual_seed(seed)
+    step = as_linear(step)
     initial = step.init(params, meta)
     meta_directions, params_directions, derivatives, errors = [], [], [], []
     for _ in range(num_directions):
@@ -111,6 +113,7 @@ def unrolled(
 
     Cost: 9 forward passes a step, and the activations of all steps in memory.
     """
+    step = as_linear(step)
     # Fresh leaves: the derivative is taken with respect to these values.
     variables = fresh(meta)
     leaves = floating_leaves(variables)
@@ -120,14 +123,14 @@ def unrolled(
     with torch.enable_grad():
         for t in range(len(batches)):
             state = step(state, batches[t], variables)
-        phi = metric(state)
+        phi = value_of(metric, state)
     refuse_missing_derivatives([phi])
     sources = [*leaves, *(starts.values() if wrt_params else [])]
     gradient = list(torch.autograd.grad(phi, sources, allow_unused=True, materialize_grads=True))
     return Result(
         value=phi.detach(),
         meta=with_floating_leaves(meta, gradient[: len(leaves)], keep_others=False),
-        params=by_name(starts, gradient[len(leaves) :] if wrt_params else None),
+        params=dict(zip(starts, gradient[len(leaves) :], strict=False)) if wrt_params else None,
         state=detached(state),
         stats=None,
     )
@@ -141,6 +144,7 @@ def determinism(step: Step, params: Mapping[str, Tensor] | nn.Module, batches: B
 
     Cost: 2 · len(batches) step evaluations.
     """
+    step = as_linear(step)
     state = step.init(params, meta)
     for t in range(len(batches)):
         batch = batches[t]
@@ -163,11 +167,10 @@ def determinism(step: Step, params: Mapping[str, Tensor] | nn.Module, batches: B
 
 
 def _phi(metric: Metric, step: Step, state: State, batches: Batches, meta: Tree) -> Tensor:
-    initial = state
     with torch.no_grad():
         for t in range(len(batches)):
             state = step(state, batches[t], meta)
-    phi = checked_value(metric, state, initial).phi.detach()
+    phi = checked_value(metric, state)[0].detach()
     if not bool(torch.isfinite(phi)):
         raise NonFiniteError(f"the metric is {float(phi)} after {state.step} steps.")
     return phi

@@ -220,8 +220,3 @@ def test_a_hyperparameter_that_would_reshape_a_parameter_is_refused():
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         run(Squares())
-
-
-def test_a_list_of_metrics_is_refused():
-    with pytest.raises(ValueError, match="`metric` is a list"):
-        run(Squares(), metric=[lambda state: state.params["w"]])

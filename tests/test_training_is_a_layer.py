@@ -115,13 +115,21 @@ def test_later_changes_of_a_module_do_not_reach_the_replay():
     assert relative_error(meta["weights"].grad, expected.meta["weights"]) <= 1e-14
 
 
-def test_buffers_and_optimizer_state_come_back_detached():
-    _, step, params, batches, meta = PROBLEMS["cnn"](2).arguments(OPTIMIZERS["adam"])
-    state = mg.train(step, params, batches, leaf(meta))
-    assert all(value.requires_grad for value in state.params.values())
-    assert not any(value.requires_grad for value in state.buffers.values())
-    assert not any(value.requires_grad for value in state.optimizer[0].mean.values())
-    assert state.step == 2
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_two_runs_after_one_another_are_one_run(name, optimizer):
+    """The trained state carries its graph in parameters, buffers and optimizer alike."""
+    metric, step, params, batches, meta = PROBLEMS[name](5).arguments(OPTIMIZERS[optimizer])
+    whole = mg.metagradient(metric, step, params, batches, meta, wrt_params=True)
+    start = step.init(params, meta)
+    start = start._replace(params={name: value.requires_grad_() for name, value in start.params.items()})
+    weights = leaf(meta)
+    middle = mg.train(step, start, batches[:2], weights)
+    assert middle.step == 2
+    metric(mg.train(step, middle, batches[2:], weights)).backward()
+    assert relative_error(weights["weights"].grad, whole.meta["weights"]) <= 1e-12
+    for name, value in start.params.items():
+        assert relative_error(value.grad, whole.params[name]) <= 1e-12
 
 
 def test_without_anything_to_differentiate_the_result_is_plain():

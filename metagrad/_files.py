@@ -1,0 +1,112 @@
+"""Tensors in files that are whole or absent: written beside and renamed, the checksum of all bytes in the name."""
+
+import errno
+import os
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from metagrad._tree import describe, map_tensors, names, tensor_leaves
+from metagrad._types import ResumeError, Tree
+
+CHUNK = 1 << 22  # bytes read at a time
+REMEDY = "Delete the folder to start again, or continue from an undamaged copy of it."
+
+
+def write_tree(folder: Path, name: str, tree: Tree) -> Path:
+    """Write the tensors of `tree` to `folder/name.<checksum>.safetensors`, durably, and return the path.
+
+    Raises:
+        OSError: if it cannot be written, for instance on a full disk; nothing of it is left then.
+    """
+    unfinished = folder / f"{name}.unfinished"
+    try:
+        save_file(_separate(dict(zip(names("", tree), tensor_leaves(tree), strict=True))), unfinished)
+        with open(unfinished, "rb+") as file:
+            os.fsync(file.fileno())
+        path = folder / f"{name}.{_checksum(unfinished):08x}.safetensors"
+        unfinished.rename(path)
+        sync_folder(folder)
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        code = error.errno if isinstance(error, OSError) else errno.EIO
+        raise OSError(
+            code,
+            f"{name} could not be written to {folder} ({error}). Everything written before is still there: make room, "
+            "and call again with the same `resume`.",
+        ) from error
+    return path
+
+
+class Blueprint(NamedTuple):
+    """What a tree is made of, without its numbers: tensors of torch's meta device, and where each belongs."""
+
+    tree: Tree
+    devices: list[torch.device]
+
+    @staticmethod
+    def of(tree: Tree) -> "Blueprint":
+        """The blueprint of `tree`."""
+        devices = [leaf.device for leaf in tensor_leaves(tree)]
+        return Blueprint(map_tensors(lambda leaf: torch.empty_like(leaf, device="meta"), tree), devices)
+
+
+def read_tree(path: Path, like: Blueprint) -> Tree:
+    """The tree that was written to `path`.
+
+    Tensors that are not in `like` are passed over.
+
+    Raises:
+        ResumeError: if a byte of the file has changed, or it lacks a tensor of `like`.
+    """
+    if path.suffixes[-2:-1] != [f".{_checksum(path):08x}"]:
+        raise ResumeError(f"{path} is damaged: its bytes do not have the checksum that its name tells. {REMEDY}")
+    tensors = load_file(path)
+    expected = dict(zip(names("", like.tree), tensor_leaves(like.tree), strict=True))
+    for name, wanted in expected.items():
+        found = tensors.get(name)
+        if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
+            raise ResumeError(
+                f"{path} holds {describe(found)} as {name}, where {describe(wanted)} was expected. {REMEDY}"
+            )
+    # Copied: torch's own memory is aligned, a mapped file's is not, and a matrix product may differ in its last bit.
+    copies = iter(
+        [
+            torch.empty_like(leaf, device=device).copy_(tensors[name])
+            for (name, leaf), device in zip(expected.items(), like.devices, strict=True)
+        ]
+    )
+    return map_tensors(lambda _: next(copies), like.tree)
+
+
+def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU of which no two share memory, as the format demands."""
+    taken: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        separate[name] = own.clone() if own.data_ptr() in taken else own
+        taken.add(own.data_ptr())
+    return separate
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while piece := file.read(CHUNK):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
