@@ -3,8 +3,10 @@
 from metagrad import check, optim
 from metagrad._custom import AutogradStep
 from metagrad._disk import DiskStore
-from metagrad._gradient import metagradient, train
+from metagrad._estimate import Budget, Estimate
+from metagrad._gradient import dry_run, metagradient
 from metagrad._hierarchy import Hierarchical, Tree
+from metagrad._layer import train
 from metagrad._loss import weighted
 from metagrad._metric import Trajectory
 from metagrad._schedule import Binomial, EveryStep, Schedule
@@ -15,7 +17,9 @@ from metagrad._types import NonFiniteError, ReplayMismatchError, Result, ResumeE
 __all__ = [
     "AutogradStep",
     "Binomial",
+    "Budget",
     "DiskStore",
+    "Estimate",
     "EveryStep",
     "Hierarchical",
     "NonFiniteError",
@@ -33,6 +37,7 @@ __all__ = [
     "Trajectory",
     "Tree",
     "check",
+    "dry_run",
     "metagradient",
     "optim",
     "train",

@@ -1,24 +1,23 @@
-"""The two ways in: `metagradient` for metrics of the trained state, `train` for training as a differentiable layer."""
+"""`metagradient`, and what it would cost."""
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import perf_counter
-from typing import Any
 
 import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from metagrad._custom import as_linear
+from metagrad._disk import DiskStore
+from metagrad._estimate import Budget, Estimate, Measured, estimated, measure, within
 from metagrad._metric import Objective, Trajectory
 from metagrad._precision import refuse_low_precision
-from metagrad._replay import Replay
-from metagrad._run import Run
+from metagrad._run import Run, fitting_store
 from metagrad._schedule import Binomial, Schedule
 from metagrad._store import Store
-from metagrad._tree import detached, differentiable, floating_leaves, grouped, independent, with_floating_leaves
+from metagrad._tree import detached, differentiable, floating_leaves, grouped, tensor_leaves, with_floating_leaves
 from metagrad._types import Batches, Metric, Result, State, Stats, Step, Term, Tree
 
 DEFAULT_SCHEDULE = Binomial(slots=8)
@@ -31,7 +30,7 @@ def metagradient(
     batches: Batches,
     meta: Tree,
     *,
-    schedule: Schedule = DEFAULT_SCHEDULE,
+    schedule: Schedule | Budget = DEFAULT_SCHEDULE,
     store: Store | None = None,
     wrt_params: bool = False,
     progress: bool = False,
@@ -52,7 +51,7 @@ def metagradient(
             run. Never changed.
         batches: `batches[t]` is the batch of step t; read several times, so it must give the same each time.
         meta: tree of tensors that the loss or the optimizer reads.
-        schedule: which states to keep.
+        schedule: which states to keep; or the bytes for them, from which one is chosen.
         store: where to keep them; RAM by default. A schedule that keeps states on disk needs a `DiskStore`.
         wrt_params: also return the gradient of the initial parameters, optimizer state and buffers.
         progress: show a progress bar in step evaluations.
@@ -90,9 +89,10 @@ def metagradient(
     start = perf_counter()
     if resume is not None and store is not None:
         raise ValueError("with `resume` the states are kept in its folder. Leave `store` out.")
-    meta, run = _prepared(step, params, batches, meta, schedule, wrt_params, progress, allow_low_precision)
+    meta, run = prepared(step, params, batches, meta, wrt_params, progress, allow_low_precision)
     objective = Objective.of(metric, len(batches))
     trial = objective.try_on(run.initial)
+    run = _scheduled(run, schedule, store, resume, trial)[0]
     outcome = run.at_once(objective.at, store) if resume is None else run.in_folder(objective.at, resume, trial)
     done, parts = outcome.done, differentiable(outcome.state)
     values = [value for value in done.values if value is not None]
@@ -112,92 +112,37 @@ def metagradient(
     )
 
 
-def train(
+def dry_run(
+    metric: Metric | Trajectory | Sequence[Metric | Trajectory],
     step: Step,
     params: Mapping[str, Tensor] | nn.Module | State,
     batches: Batches,
     meta: Tree,
     *,
-    schedule: Schedule = DEFAULT_SCHEDULE,
+    schedule: Schedule | Budget = DEFAULT_SCHEDULE,
     store: Store | None = None,
-    progress: bool = False,
+    wrt_params: bool = False,
     allow_low_precision: bool = False,
-) -> State:
-    """Training as a differentiable layer: the trained state, whose tensors know how they came to be.
+) -> Estimate:
+    """What `metagradient` would cost with the same arguments: evaluations, bytes, seconds. Prints as a report.
 
-    Backward through `state.params`, `state.buffers` or `state.optimizer` replays the run in reverse and leaves exact
-    gradients in every tensor of `meta` and of the initial state that requires one. The reverse pass runs once and
-    cannot itself be differentiated.
+    Args and errors: those of `metagradient`. What it would refuse before training is refused here too.
 
-    Args, errors and cost: those of `metagradient`; the reverse part of the cost is paid in backward.
-
-    Example:
-        >>> import torch, metagrad as mg
-        >>> step = mg.TrainStep(lambda p, b, meta: (p["w"] - b) ** 2, lambda meta: mg.optim.sgd(lr=meta["lr"]))
-        >>> meta = {"lr": torch.tensor(0.25, requires_grad=True)}
-        >>> state = mg.train(step, {"w": torch.tensor(0.0)}, [torch.tensor([2.0])] * 2, meta)
-        >>> state.params["w"].backward()
-        >>> float(meta["lr"].grad)  # w = 2 - 2(1 - 2 lr)^2
-        4.0
+    Cost: three evaluations of step 0 and its reversal, whatever the number of steps.
     """
-    # Copied: the tensors of `meta` may be changed by an outer optimizer before backward replays the run.
-    own, run = _prepared(step, params, batches, independent(meta), schedule, True, progress, allow_low_precision)
-    sources = _sources(params, run.initial)
-    if not any(source is not None and source.requires_grad for source in sources):
-        run = replace(run, wrt_params=False)
-    layer = _Layer(run.begin(store), run.initial)
-    outputs = _Training.apply(layer, *sources, *floating_leaves(meta))  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
-    assert layer.final is not None
-    parts = differentiable(layer.final)
-    trained = grouped(outputs, [floating_leaves(part) for part in parts])
-    tree, optimizer, buffers = (with_floating_leaves(*pair) for pair in zip(parts, trained, strict=True))
-    return layer.final._replace(params=tree, optimizer=optimizer, buffers=buffers)
+    meta, run = prepared(step, params, batches, meta, wrt_params, False, allow_low_precision)
+    trial = Objective.of(metric, len(batches)).try_on(run.initial)
+    run, measured = _scheduled(run, schedule, store, None, trial, measure_anyway=True)
+    fitting_store(run.schedule.plan(len(batches)), store)
+    assert measured is not None
+    return estimated(run, measured, store)
 
 
-@dataclass
-class _Layer:
-    """What `_Training` carries from forward to backward besides tensors."""
-
-    replay: Replay
-    initial: State
-    final: State | None = None
-
-
-class _Training(torch.autograd.Function):
-    """Initial state and metaparameters ↦ trained state."""
-
-    @staticmethod
-    def forward(ctx: Any, layer: _Layer, *leaves: Tensor | None) -> tuple[Tensor, ...]:
-        final = layer.replay.forward(layer.initial)
-        # Detached: the outputs will know this node, and the node must not know them, or neither is ever freed.
-        layer.final = detached(final)
-        ctx.layer, ctx.given = layer, [leaf is not None for leaf in leaves]
-        return tuple(floating_leaves(differentiable(final)))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        layer: _Layer = ctx.layer
-        assert layer.final is not None
-
-        def terms(state: State) -> list[Term | None]:
-            last = state.step == len(layer.replay.batches)
-            return [Term(cotangent[0].new_zeros(()), list(cotangent)) if last else None]
-
-        done = layer.replay.reverse(layer.final, terms)
-        layer.replay.store.close()
-        num_initial = len(floating_leaves(differentiable(layer.initial)))
-        initial = done.carried[0] if done.carried is not None else [None] * num_initial
-        pairs = zip(ctx.given, [*initial, *done.totals[0]], strict=True)
-        return (None, *(gradient if given else None for given, gradient in pairs))
-
-
-def _prepared(
+def prepared(
     step: Step,
     params: Mapping[str, Tensor] | nn.Module | State,
     batches: Batches,
     meta: Tree,
-    schedule: Schedule,
     wrt_params: bool,
     progress: bool,
     allow_low_precision: bool,
@@ -217,23 +162,25 @@ def _prepared(
     meta = detached(meta)
     initial = linear.init(params, meta)
     refuse_low_precision(initial, allow_low_precision)
-    return meta, Run(linear, initial, batches, meta, schedule, wrt_params, progress)
+    return meta, Run(linear, initial, batches, meta, DEFAULT_SCHEDULE, wrt_params, progress)
 
 
-def _sources(params: Mapping[str, Tensor] | nn.Module | State, initial: State) -> list[Tensor | None]:
-    """The user's own tensors, one for each differentiable leaf of the initial state; None where that was made new.
-
-    Raises:
-        ValueError: if a tensor that is to have a gradient is not in the initial state.
-    """
-    if isinstance(params, State):
-        return list(floating_leaves(differentiable(params)))
-    named = dict(params.named_parameters()) if isinstance(params, nn.Module) else dict(params)
-    for name, tensor in named.items():
-        if tensor.requires_grad and name not in initial.params:
-            raise ValueError(
-                f"parameter {name!r} requires a gradient, but the step's initial state has only "
-                f"{', '.join(map(repr, initial.params))}. Let `init` keep the names it is given."
-            )
-    made_new = len(floating_leaves((initial.optimizer, initial.buffers)))
-    return [*(named.get(name) for name in sorted(initial.params)), *[None] * made_new]
+def _scheduled(
+    run: Run,
+    schedule: Schedule | Budget,
+    store: Store | None,
+    resume: str | os.PathLike[str] | None,
+    trial: Sequence[Term],
+    measure_anyway: bool = False,
+) -> tuple[Run, Measured | None]:
+    """`run` under the schedule given, or under the one that a budget allows; and the measurement, if one was made."""
+    folder = store.folder if isinstance(store, DiskStore) else resume
+    measured = measure(run, folder, trial) if measure_anyway or isinstance(schedule, Budget) else None
+    if isinstance(schedule, Budget):
+        assert measured is not None
+        # A run's folder also holds the trained state, a bookmark, and, while new ones are written, twice the cotangents
+        # and the digests.
+        digests = (len(run.batches) + 1) * len(tensor_leaves(run.initial)) * 16
+        spare = 0 if resume is None else (2 + 2 * len(trial)) * measured.file_bytes + 2 * digests
+        schedule = within(schedule, measured, folder is not None, spare)
+    return replace(run, schedule=schedule), measured

@@ -6,6 +6,7 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import torch
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from metagrad._types import ExampleLoss, NonFiniteError, Params, Scalar, Tree
 
 @dataclass(frozen=True)
 class WeightedLoss:
-    """`loss` with every example's loss multiplied by its own weight; made by `weighted`."""
+    """`loss` with every example's or token's loss multiplied by its own weight; made by `weighted`."""
 
     loss: ExampleLoss
 
@@ -24,10 +25,11 @@ class WeightedLoss:
         losses = self.loss(params, batch)
         if losses.shape != weights.shape:
             raise ValueError(
-                f"the loss under `mg.weighted` has shape {tuple(losses.shape)} for {len(weights)} examples. Return one "
-                f"loss per example, shape {tuple(weights.shape)}."
+                f"the loss under `mg.weighted` has shape {tuple(losses.shape)}, and the weights of the batch have shape "
+                f"{tuple(weights.shape)}. Return one loss per weight: (examples,), or (examples, tokens) for weights of "
+                "that many axes."
             )
-        return weights * losses
+        return reduce(weights * losses, "examples ... -> examples", "sum")
 
     def index_range(self, batch: Tree, step: int) -> tuple[int, int]:
         """The lowest and the highest example that the batch of `step` refers to.
@@ -50,11 +52,11 @@ class WeightedLoss:
             ValueError: naming the highest index used.
         """
         weights = meta["weights"] if isinstance(meta, dict) and "weights" in meta else None
-        if not isinstance(weights, Tensor) or weights.ndim != 1 or not weights.is_floating_point():
+        if not isinstance(weights, Tensor) or weights.ndim == 0 or not weights.is_floating_point():
             raise ValueError(
-                f"`mg.weighted` reads meta['weights'], a 1-dimensional floating-point tensor, but got "
-                f"{describe(meta if weights is None else weights)}. "
-                "Pass meta={'weights': torch.ones(num_examples)}."
+                f"`mg.weighted` reads meta['weights'], a floating-point tensor of one weight per example, but got "
+                f"{describe(meta if weights is None else weights)}. Pass meta={{'weights': torch.ones(num_examples)}}, "
+                "or torch.ones(num_examples, num_tokens)."
             )
         if lowest < 0:
             raise ValueError(f"a batch refers to example {lowest}. Indices count from 0.")
@@ -71,9 +73,11 @@ class WeightedLoss:
 
 
 def weighted(loss: ExampleLoss) -> WeightedLoss:
-    """`loss(params, batch)` times `meta["weights"][batch["index"]]`, example by example.
+    """`loss(params, batch)` times `meta["weights"][batch["index"]]`, example by example or token by token.
 
-    The step takes the mean over the batch of weight times loss; the weights are not normalised.
+    The step takes the mean over the batch of weight times loss; the weights are not normalised. With weights of shape
+    (num_examples, tokens) the loss returns (examples, tokens), and an example's loss is the sum over its tokens: divide
+    by the denominator you want in `loss`, for instance each example's number of tokens.
     """
     return WeightedLoss(loss)
 

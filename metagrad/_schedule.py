@@ -47,12 +47,13 @@ Action: TypeAlias = Save | Load | Run | Reverse | Drop
 
 
 class Cost(NamedTuple):
-    """Step evaluations of a plan, and the most states it keeps at a time."""
+    """Step evaluations of a plan, and the most states it keeps at a time: all, and those that it wants on disk."""
 
     forward: int
     replayed: int
     reversed: int
     states: int
+    on_disk: int = 0
 
 
 class Plan(NamedTuple):
@@ -66,11 +67,18 @@ class Plan(NamedTuple):
     def cost(self) -> Cost:
         """Evaluations and kept states, counted action by action."""
         kept = peak = self.kept
+        on_disk: set[int] = set()
+        peak_on_disk = 0
         for action in [*self.forward, *self.reverse]:
             kept += isinstance(action, Save) - isinstance(action, Drop)
             peak = max(peak, kept)
+            if isinstance(action, Save) and action.on_disk:
+                on_disk.add(action.step)
+            if isinstance(action, Drop):
+                on_disk.discard(action.step)
+            peak_on_disk = max(peak_on_disk, len(on_disk))
         reversals = sum(isinstance(action, Reverse) for action in self.reverse)
-        return Cost(_steps_run(self.forward), _steps_run(self.reverse), reversals, peak)
+        return Cost(_steps_run(self.forward), _steps_run(self.reverse), reversals, peak, peak_on_disk)
 
 
 class Schedule(ABC):

@@ -41,9 +41,9 @@ class Loss(Protocol):
 
 
 class ExampleLoss(Protocol):
-    """`loss(params, batch)`: one loss per example, before any weight."""
+    """`loss(params, batch)`: one loss per example, or per token, before any weight."""
 
-    def __call__(self, params: Params, batch: Tree, /) -> Float[Tensor, " examples"]: ...
+    def __call__(self, params: Params, batch: Tree, /) -> Float[Tensor, "examples *tokens"]: ...
 
 
 class Metric(Protocol):

@@ -51,7 +51,7 @@ TABLE = {
     ),
     "no weights": ({"meta": {"lr": torch.ones(())}}, r"meta\['weights'\].*'lr'.*torch\.ones\(num_examples\)"),
     "meta is not a dict": ({"meta": torch.ones(3)}, r"meta\['weights'\].*float64 tensor of shape \(3,\)"),
-    "weights of two axes": ({"meta": {"weights": torch.ones(3, 1)}}, r"1-dimensional.*shape \(3, 1\)"),
+    "weights that are one number": ({"meta": {"weights": torch.ones(())}}, r"one weight per example.*shape \(\)"),
     "integer weights": ({"meta": {"weights": torch.ones(3, dtype=torch.int64)}}, r"floating-point.*int64"),
     "no index": ({"batches": [batch(), without_index()]}, r"batch\['index'\].*batch 1 is \{'x'.*int64 tensor"),
     "a batch that is no dict": ({"batches": [torch.ones(2)]}, r"batch\['index'\].*batch 0 is a float64 tensor"),
