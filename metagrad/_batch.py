@@ -58,9 +58,9 @@ class BatchLoss:
         total: list[Tensor] = []
         for piece in self._pieces():
             starts.append(end)
-            # Views: the gradient is that at given buffers, which may themselves depend on the parameters.
-            own = {name: p.view_as(p) for name, p in params.items()} if keep_graph else params
             with self._evaluating(end, params) as rng:
+                # Views: the gradient is that at given buffers, which may themselves depend on the parameters.
+                own = {name: p.view_as(p) for name, p in params.items()} if keep_graph else params
                 share, buffers = self._share(own, end, piece, meta)
                 new = loss_gradient(share, own, keep_graph)
             # Detached: without a graph nothing is differentiated later, so nothing may be kept alive.

@@ -25,9 +25,8 @@ class WeightedLoss:
         losses = self.loss(params, batch)
         if losses.shape != weights.shape:
             raise ValueError(
-                f"the loss under `mg.weighted` has shape {tuple(losses.shape)}, and the weights of the batch have shape "
-                f"{tuple(weights.shape)}. Return one loss per weight: (examples,), or (examples, tokens) for weights of "
-                "that many axes."
+                f"the loss under `mg.weighted` has shape {tuple(losses.shape)}, and the batch has weights of shape "
+                f"{tuple(weights.shape)}. Return one loss per weight, in the same shape."
             )
         return reduce(weights * losses, "examples ... -> examples", "sum")
 

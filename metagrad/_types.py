@@ -43,7 +43,7 @@ class Loss(Protocol):
 class ExampleLoss(Protocol):
     """`loss(params, batch)`: one loss per example, or per token, before any weight."""
 
-    def __call__(self, params: Params, batch: Tree, /) -> Float[Tensor, "examples *tokens"]: ...
+    def __call__(self, params: Params, batch: Tree, /) -> Float[Tensor, " examples *tokens"]: ...
 
 
 class Metric(Protocol):
