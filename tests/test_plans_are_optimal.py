@@ -54,7 +54,7 @@ def test_a_whole_plan_written_by_hand():
         reverse=[Load(1), Run(1, 2), Reverse(2), Load(1), Reverse(1), Drop(1), Load(0), Reverse(0), Drop(0)],
     )
     # 3 steps forward, 1 again, 3 reversed, 2 states.
-    assert mg.Binomial(2).cost(3) == (3, 1, 3, 2)
+    assert mg.Binomial(2).cost(3) == (3, 1, 3, 2, 0)
 
 
 def check_law(plan: Plan, num_steps: int, slots: int) -> None:
@@ -92,7 +92,7 @@ def test_binomial_reverses_every_step_once_within_its_slots(num_steps, slots):
 @given(num_steps=st.integers(1, 120))
 def test_every_step_reverses_every_step_once_without_replay(num_steps):
     check_law(mg.EveryStep().plan(num_steps), num_steps, slots=num_steps)
-    assert mg.EveryStep().cost(num_steps) == (num_steps, 0, num_steps, num_steps)
+    assert mg.EveryStep().cost(num_steps) == (num_steps, 0, num_steps, num_steps, 0)
 
 
 @cache
