@@ -46,7 +46,9 @@ class AutogradStep:
         Raises:
             ValueError: if the user's `init` returns no `State`, or nothing that can be differentiated.
         """
-        state = params if isinstance(params, State) else self.step.init(params, meta)
+        variables = fresh(meta)
+        with torch.enable_grad():
+            state = params if isinstance(params, State) else self.step.init(params, variables)
         if not isinstance(state, State):
             raise ValueError(
                 f"`init` of {type(self.step).__name__} returned {describe(state)}. Return mg.State(params), with what "
@@ -54,6 +56,14 @@ class AutogradStep:
             )
         if not floating_leaves(differentiable(state)):
             raise ValueError(f"the initial state of {type(self.step).__name__} holds no floating-point tensor.")
+        made = [leaf for leaf in floating_leaves(differentiable(state)) if leaf.grad_fn is not None]
+        leaves = floating_leaves(variables)
+        reached = torch.autograd.grad(made, leaves, made, allow_unused=True) if made and leaves else ()
+        if any(gradient is not None for gradient in reached):
+            raise ValueError(
+                f"`init` of {type(self.step).__name__} computes the initial state from `meta`, and the gradient on "
+                "that way would be lost. Compute it before, and pass it as `params` to mg.train."
+            )
         own: State = independent(state)
         return own._replace(rng=own.rng or seeded(self.seed, own.params), step=0)
 
@@ -73,9 +83,10 @@ class AutogradStep:
         """
         if not torch.is_grad_enabled():
             return self.advance(state, batch, meta)[0]
-        # What has a graph keeps it; the rest become leaves, since the step differentiates by them.
+        # Leaves, or views of what has a graph: the step differentiates by each tensor of its state alone, and one of
+        # them may have been computed from another.
         parts = differentiable(state)
-        leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in floating_leaves(parts)]
+        leaves = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in floating_leaves(parts)]
         return self._evaluated(state._replace(**with_floating_leaves(parts, leaves)._asdict()), batch, meta)
 
     def advance(self, state: State, batch: Tree, meta: Tree) -> tuple[State, None]:

@@ -51,6 +51,7 @@ class Replay:
 
     Attributes:
         wrt_params: whether the initial state is to have a gradient.
+        witness: sees every state; None where no step is run twice.
         last_pull: the last step's pullback, made by the forward run where the plan keeps the state it belongs to.
         evaluations: plain step evaluations so far.
         reversals: steps reversed so far.
@@ -63,7 +64,7 @@ class Replay:
     store: Store
     wrt_params: bool
     progress: bool
-    witness: Witness
+    witness: Witness | None
     journal: Journal | None = None
     last_pull: Pull | None = field(default=None, init=False)
     evaluations: int = field(default=0, init=False)
@@ -73,7 +74,8 @@ class Replay:
 
     def forward(self, state: State) -> State:
         """The state after the last step, with what the plan asks for kept in the store."""
-        self.witness.see(state)
+        if self.witness is not None:
+            self.witness.see(state)
         with tqdm(total=self.plan.cost.forward, desc="train", unit="step", disable=not self.progress) as bar:
             for action in self.plan.forward:
                 state = self._move(action, state, bar)
@@ -162,7 +164,8 @@ class Replay:
                 new, extra = self.step.advance(state, self.batches[state.step], self.meta)
         if self.unsaved is not None:
             self._save(extra)
-        self.witness.see(new)
+        if self.witness is not None:
+            self.witness.see(new)
         self.evaluations += 1
         self.extra = None
         if self.journal is not None:

@@ -50,7 +50,8 @@ class Run:
     def begin(self, store: Store | None) -> Replay:
         """The engine of a run from its start."""
         plan = self.schedule.plan(len(self.batches))
-        return self._replay(plan, fitting_store(plan, store), Witness(), None)
+        witness = Witness() if plan.cost.replayed > 0 else None
+        return self._replay(plan, fitting_store(plan, store), witness, None)
 
     def in_folder(self, terms: Terms, folder: str | os.PathLike[str], trial: Sequence[Term]) -> Outcome:
         """The run from where an earlier process left it in `folder`, which is told of every step.
@@ -76,7 +77,7 @@ class Run:
         finally:
             journal.close()
 
-    def _replay(self, plan: Plan, store: Store, witness: Witness, journal: RunFolder | None) -> Replay:
+    def _replay(self, plan: Plan, store: Store, witness: Witness | None, journal: RunFolder | None) -> Replay:
         return Replay(self.step, self.batches, self.meta, plan, store, self.wrt_params, self.progress, witness, journal)
 
     def _reversed(
