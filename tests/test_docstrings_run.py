@@ -9,7 +9,10 @@ import torch
 
 import metagrad
 
-MODULES = sorted(path.stem for path in Path(metagrad.__file__).parent.glob("*.py") if path.stem != "__init__")
+ROOT = Path(metagrad.__file__).parent
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.rglob("*.py") if path.stem != "__init__"
+)
 
 
 @pytest.fixture
@@ -26,6 +29,10 @@ def test_examples_run(name, float32):
     assert failed == 0
 
 
-@pytest.mark.parametrize("function", ["metagradient", "train"])
+CHECKERS = [metagrad.check.finite_differences, metagrad.check.unrolled, metagrad.check.determinism]
+CHECKERS += [metagrad.check.step_adjoint, metagrad.check.metasmoothness]
+
+
+@pytest.mark.parametrize("function", [metagrad.metagradient, metagrad.train, *CHECKERS], ids=lambda f: f.__name__)
 def test_the_ways_in_have_an_example(function):
-    assert doctest.DocTestFinder().find(getattr(metagrad, function))[0].examples
+    assert doctest.DocTestFinder().find(function)[0].examples

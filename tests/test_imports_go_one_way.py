@@ -27,8 +27,17 @@ def imported_by(path: Path) -> set[str]:
     return names
 
 
-MODULES = {path.stem: imported_by(path) for path in ROOT.glob("*.py") if path.stem != "__init__"}
-OURS = {name: {i.split(".")[1] for i in imports if i.split(".")[0] == "metagrad"} for name, imports in MODULES.items()}
+def dotted(path: Path) -> str:
+    """A module's name inside metagrad; a package's name is that of its `__init__`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {dotted(path): imported_by(path) for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"}
+OURS = {
+    name: {i.removeprefix("metagrad.") for i in imports if i.startswith("metagrad.")}
+    for name, imports in MODULES.items()
+}
 
 
 def reached_from(name: str) -> set[str]:
