@@ -42,7 +42,7 @@ class DiskStore(Store):
                 "that was cut off, call metagradient(..., resume=folder) instead."
             )
         self._worker = ThreadPoolExecutor(max_workers=1)
-        self._like = {step: at_step(like, step) for step in self._paths} if like is not None else {}
+        self._like = {step: like for step in self._paths} if like is not None else {}
         self._writing: tuple[int, int, Future[Path]] | None = None  # step, bytes in RAM, path to come
         self._reading: _Reading | None = None
         self._peak = Bytes(0, 0)
@@ -97,8 +97,3 @@ class DiskStore(Store):
         reading = 0 if self._reading is None else num_bytes(self._like[self._reading.step].tree)
         disk = writing + sum(path.stat().st_size for path in self._paths.values())
         self._peak = Bytes(max(self._peak.ram, writing + reading), max(self._peak.disk, disk))
-
-
-def at_step(like: Blueprint, step: int) -> Blueprint:
-    """The blueprint of a kept state with its step."""
-    return like._replace(tree=like.tree._replace(state=like.tree.state._replace(step=step)))

@@ -3,15 +3,17 @@
 import errno
 import os
 import zlib
+from numbers import Number
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import optree
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from metagrad._tree import describe, map_tensors, names, tensor_leaves
+from metagrad._tree import describe, map_tensors, tensor_leaves
 from metagrad._types import ResumeError, Tree
 
 CHUNK = 1 << 22  # bytes read at a time
@@ -19,14 +21,14 @@ REMEDY = "Delete the folder to start again, or continue from an undamaged copy o
 
 
 def write_tree(folder: Path, name: str, tree: Tree) -> Path:
-    """Write the tensors of `tree` to `folder/name.<checksum>.safetensors`, durably, and return the path.
+    """Write the tensors and numbers of `tree` to `folder/name.<checksum>.safetensors`, durably, and return the path.
 
     Raises:
         OSError: if it cannot be written, for instance on a full disk; nothing of it is left then.
     """
     unfinished = folder / f"{name}.unfinished"
     try:
-        save_file(_separate(dict(zip(names("", tree), tensor_leaves(tree), strict=True))), unfinished)
+        save_file(_separate(_by_name(tree)), unfinished)
         with open(unfinished, "rb+") as file:
             os.fsync(file.fileno())
         path = folder / f"{name}.{_checksum(unfinished):08x}.safetensors"
@@ -44,7 +46,7 @@ def write_tree(folder: Path, name: str, tree: Tree) -> Path:
 
 
 class Blueprint(NamedTuple):
-    """What a tree is made of, without its numbers: tensors of torch's meta device, and where each belongs."""
+    """What a tree is made of, without its values: tensors of torch's meta device, and where each belongs."""
 
     tree: Tree
     devices: list[torch.device]
@@ -67,21 +69,36 @@ def read_tree(path: Path, like: Blueprint) -> Tree:
     if path.suffixes[-2:-1] != [f".{_checksum(path):08x}"]:
         raise ResumeError(f"{path} is damaged: its bytes do not have the checksum that its name tells. {REMEDY}")
     tensors = load_file(path)
-    expected = dict(zip(names("", like.tree), tensor_leaves(like.tree), strict=True))
-    for name, wanted in expected.items():
+    for name, wanted in _by_name(like.tree).items():
         found = tensors.get(name)
         if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
             raise ResumeError(
                 f"{path} holds {describe(found)} as {name}, where {describe(wanted)} was expected. {REMEDY}"
             )
-    # Copied: torch's own memory is aligned, a mapped file's is not, and a matrix product may differ in its last bit.
-    copies = iter(
-        [
-            torch.empty_like(leaf, device=device).copy_(tensors[name])
-            for (name, leaf), device in zip(expected.items(), like.devices, strict=True)
-        ]
-    )
-    return map_tensors(lambda _: next(copies), like.tree)
+    found, devices = iter(_by_name(like.tree)), iter(like.devices)
+
+    def read(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            # Copied: torch's own memory is aligned, a mapped file's is not, and a matrix product may differ in its last
+            # bit.
+            return torch.empty_like(leaf, device=next(devices)).copy_(tensors[next(found)])
+        return type(leaf)(tensors[next(found)].item()) if isinstance(leaf, Number) else leaf
+
+    return optree.tree_map(read, like.tree)
+
+
+def _by_name(tree: Tree) -> dict[str, Tensor]:
+    """The tensors and the numbers of `tree`, these as tensors, by where they are."""
+    accessors, leaves, _ = optree.tree_flatten_with_accessor(tree)
+    return {
+        accessor.codify(""): leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=_exact(leaf))
+        for accessor, leaf in zip(accessors, leaves, strict=True)
+        if isinstance(leaf, Tensor | Number)
+    }
+
+
+def _exact(number: Number) -> torch.dtype:
+    return torch.float64 if isinstance(number, float) else torch.int64
 
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -62,8 +62,8 @@ class RunFolder:
         self.store = DiskStore(self.folder, found["state"], Blueprint.of(Kept(initial, None)))
         self.witness = _read_witness(found["witness"], initial)
         self.final: State | None = None
-        for step, path in found["final"].items():
-            self.final = read_tree(path, Blueprint.of(initial))._replace(step=step)
+        for path in found["final"].values():
+            self.final = read_tree(path, Blueprint.of(initial))
         self.progress = _read_progress(found["reverse"], like, wrt_params)
         self._planned: frozenset[int] = frozenset()
         # The newest file of each kind but the plan's states; the bookmark of a dead process is one of those by now.

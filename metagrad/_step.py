@@ -16,7 +16,7 @@ from metagrad._random import seeded
 from metagrad._refusals import refuse_changed_shapes, refuse_other_structure, refuse_shared_modules, refuse_unreadable
 from metagrad._tree import describe, detached, differentiable, fresh, independent, tensor_leaves
 from metagrad._types import Batches, Loss, Params, Pull, State, Tree
-from metagrad.optim import clip
+from metagrad.optim import adapt, clip
 
 Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransformation]
 
@@ -183,7 +183,8 @@ class TrainStep:
         return new_params, new_optimizer
 
     def _transformation(self, meta: Tree) -> GradientTransformation:
-        chosen = self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta)
+        # Ours pass as they are; any other proves itself in its `init`, once a run.
+        chosen = adapt(self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta))
         return chosen if self.clip_norm is None else torchopt.chain(clip(self.clip_norm), chosen)
 
 

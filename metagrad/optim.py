@@ -1,28 +1,37 @@
-"""Optimizers as pure TorchOpt gradient transformations, every hyperparameter a number or a differentiable tensor.
+"""Optimizers as pure TorchOpt gradient transformations, every hyperparameter differentiable.
 
-TorchOpt 0.7.3 supplies the protocol and `chain`; its own momentum keeps its first call in a closure and its decay,
-betas and dampening refuse tensors, so the transformations are written here (docs/log.md has the measurements).
+A hyperparameter is a number, a tensor of shape (), or a schedule: a function of the number of steps taken so far that
+returns one of these. TorchOpt's schedules are such functions, and `lr=lambda step: meta["lr"][step]` is a learning rate
+for each step. TorchOpt 0.7.3 supplies the protocol and `chain`; its own momentum keeps its first call in a closure and
+its decay, betas and dampening refuse tensors, so the transformations are written here (docs/log.md has the
+measurements). `adapt` takes in those of TorchOpt that can be trusted.
 """
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import optree
 import torch
-import torchopt
 from jaxtyping import Int
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
+from metagrad._adapter import adapt
+from metagrad._groups import groups
+from metagrad._muon import muon
+from metagrad._transformation import (
+    Hyperparameter,
+    Steps,
+    Transformation,
+    Value,
+    is_zero,
+    plus_decay,
+    values_by_step,
+    zero_steps,
+)
 from metagrad._tree import floating_leaves
 from metagrad._types import Tree
 
-Hyperparameter: TypeAlias = float | Tensor
-
-__all__ = ["GradientTransformation", "adam", "adamw", "clip", "sgd"]
-
-
-class EmptyState(NamedTuple):
-    """The state of a transformation that remembers nothing."""
+__all__ = ["GradientTransformation", "Hyperparameter", "adam", "adamw", "adapt", "clip", "groups", "muon", "sgd"]
 
 
 class MomentumState(NamedTuple):
@@ -46,7 +55,7 @@ def sgd(
     dampening: Hyperparameter = 0.0,
     nesterov: bool = False,
     weight_decay: Hyperparameter = 0.0,
-) -> GradientTransformation:
+) -> Transformation:
     """Stochastic gradient descent, step for step that of `torch.optim.SGD`.
 
         g ← g + weight_decay·θ;   v ← momentum·v + (1 − dampening)·g  (v ← g at the first step)
@@ -62,11 +71,30 @@ def sgd(
     Raises:
         ValueError: for Nesterov without momentum.
     """
-    without_momentum = not isinstance(momentum, Tensor) and momentum == 0.0
-    if nesterov and without_momentum:
+    if nesterov and is_zero(momentum):
         raise ValueError("`nesterov=True` was given with `momentum=0`. Pass a momentum above 0, or `nesterov=False`.")
-    velocity = [] if without_momentum else [_momentum(momentum, dampening, nesterov)]
-    return torchopt.chain(*_decay(weight_decay), *velocity, _descend(lr))
+    values_at = values_by_step({"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay})
+
+    def init(params: Tree) -> Tree:
+        step = zero_steps()
+        values_at(step)  # A schedule's first values are checked before training.
+        return Steps(step) if is_zero(momentum) else MomentumState(step, optree.tree_map(torch.zeros_like, params))
+
+    def update(updates: Tree, state: Tree, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Tree]:
+        now = values_at(state.step)
+        gradient = direction = plus_decay(updates, params, now["weight_decay"])
+        new: Steps | MomentumState = Steps(state.step + 1)
+        if isinstance(state, MomentumState):
+            # Python numbers, not torch.where: a where of two Python numbers is float32 whatever the parameters are.
+            share = 1.0 if int(state.step) == 0 else 1.0 - now["dampening"]
+            kept = now["momentum"]
+            velocity = direction = optree.tree_map(lambda v, g: kept * v + share * g, state.velocity, gradient)
+            if nesterov:
+                direction = optree.tree_map(lambda g, v: g + kept * v, gradient, velocity)
+            new = MomentumState(state.step + 1, velocity)
+        return _descended(direction, now["lr"]), new
+
+    return Transformation(init, update)
 
 
 def adam(
@@ -75,7 +103,7 @@ def adam(
     eps: Hyperparameter = 1e-8,
     eps_root: Hyperparameter = 1e-8,
     weight_decay: Hyperparameter = 0.0,
-) -> GradientTransformation:
+) -> Transformation:
     """Adam [kingma2015], with `eps_root` inside the square root, which its derivative needs.
 
         m ← β₁m + (1 − β₁)g;   v ← β₂v + (1 − β₂)g²
@@ -83,7 +111,7 @@ def adam(
 
     Args:
         lr: learning rate.
-        betas: decay rates of the two running means.
+        betas: decay rates of the two running means. One that is scheduled changes 1 − βᵗ too, as in `torch.optim`.
         eps: added outside the square root.
         eps_root: added inside; √eps_root is the gradient size below which Adam is linear rather than sign-like.
         weight_decay: coefficient of the decay added to the gradient (L2, as in `torch.optim.Adam`).
@@ -91,7 +119,7 @@ def adam(
     Raises:
         ValueError: for `eps_root` of 0 or less: √v has no derivative at a gradient of exactly 0.
     """
-    return torchopt.chain(*_decay(weight_decay), _adam(betas, eps, eps_root), _descend(lr))
+    return _adam(lr, betas, eps, eps_root, weight_decay, decoupled=False)
 
 
 def adamw(
@@ -100,106 +128,90 @@ def adamw(
     eps: Hyperparameter = 1e-8,
     eps_root: Hyperparameter = 1e-8,
     weight_decay: Hyperparameter = 0.0,
-) -> GradientTransformation:
+) -> Transformation:
     """Adam with decoupled weight decay [loshchilov2019]: θ ← θ − lr·(adam direction + weight_decay·θ).
 
     Args and errors are those of `adam`; the decay does not pass through the running means.
     """
-    return torchopt.chain(_adam(betas, eps, eps_root), *_decay(weight_decay), _descend(lr))
+    return _adam(lr, betas, eps, eps_root, weight_decay, decoupled=True)
 
 
-def clip(max_norm: Hyperparameter) -> GradientTransformation:
+def clip(max_norm: Hyperparameter) -> Transformation:
     """Gradients scaled down to a global L2 norm of at most `max_norm`, as `torch.nn.utils.clip_grad_norm_` does.
 
     Differentiable, which TorchOpt's own is not. Chain it before an optimizer: `torchopt.chain(clip(1.0), adam(1e-3))`.
     """
+    values_at = values_by_step({"max_norm": max_norm})
 
-    def update(
-        updates: Tree, state: EmptyState, *, params: Tree = None, inplace: bool = False
-    ) -> tuple[Tree, EmptyState]:
+    def init(params: Tree) -> Steps:
+        step = zero_steps()
+        values_at(step)
+        return Steps(step)
+
+    def update(updates: Tree, state: Steps, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Steps]:
         norms = torch.stack([torch.linalg.vector_norm(g) for g in floating_leaves(updates)])
         # 1e-6 as in torch, so that a run of torch.optim is reproduced to rounding.
-        scale = (max_norm / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
-        return optree.tree_map(lambda g: g * scale, updates), state
+        scale = (values_at(state.step)["max_norm"] / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
+        return optree.tree_map(lambda g: g * scale, updates), Steps(state.step + 1)
 
-    return GradientTransformation(_nothing_to_remember, update)
-
-
-def _decay(weight_decay: Hyperparameter) -> list[GradientTransformation]:
-    """g ← g + weight_decay·θ, or no transformation for the number 0."""
-
-    def update(
-        updates: Tree, state: EmptyState, *, params: Tree = None, inplace: bool = False
-    ) -> tuple[Tree, EmptyState]:
-        return optree.tree_map(lambda u, p: u + weight_decay * p, updates, params), state
-
-    without_decay = not isinstance(weight_decay, Tensor) and weight_decay == 0.0
-    return [] if without_decay else [GradientTransformation(_nothing_to_remember, update)]
-
-
-def _descend(lr: Hyperparameter) -> GradientTransformation:
-    """u ← −lr·u."""
-
-    def update(
-        updates: Tree, state: EmptyState, *, params: Tree = None, inplace: bool = False
-    ) -> tuple[Tree, EmptyState]:
-        return optree.tree_map(lambda u: -lr * u, updates), state
-
-    return GradientTransformation(_nothing_to_remember, update)
-
-
-def _momentum(momentum: Hyperparameter, dampening: Hyperparameter, nesterov: bool) -> GradientTransformation:
-    def init(params: Tree) -> MomentumState:
-        return MomentumState(_zero_steps(), optree.tree_map(torch.zeros_like, params))
-
-    def update(
-        updates: Tree, state: MomentumState, *, params: Tree = None, inplace: bool = False
-    ) -> tuple[Tree, MomentumState]:
-        # Python numbers, not torch.where: a where of two Python numbers is float32 whatever the parameters are.
-        share = 1.0 if int(state.step) == 0 else 1.0 - dampening
-        velocity = optree.tree_map(lambda v, g: momentum * v + share * g, state.velocity, updates)
-        direction = optree.tree_map(lambda g, v: g + momentum * v, updates, velocity) if nesterov else velocity
-        return direction, MomentumState(state.step + 1, velocity)
-
-    return GradientTransformation(init, update)
+    return Transformation(init, update)
 
 
 def _adam(
-    betas: tuple[Hyperparameter, Hyperparameter], eps: Hyperparameter, eps_root: Hyperparameter
-) -> GradientTransformation:
-    smallest = float(eps_root.detach()) if isinstance(eps_root, Tensor) else eps_root
-    if not smallest > 0.0:
-        raise ValueError(
-            f"`eps_root` is {smallest}, and Adam's derivative is then NaN as soon as one gradient entry is exactly 0 "
-            "(an unused embedding row is enough). Pass `eps_root` > 0, for instance 1e-8: see docs/stability.md."
-        )
-    beta1, beta2 = betas
-    if not all(isinstance(beta, Tensor) or 0.0 <= beta < 1.0 for beta in betas):
-        raise ValueError(f"`betas` is {betas}. Both must be at least 0 and below 1.")
+    lr: Hyperparameter,
+    betas: tuple[Hyperparameter, Hyperparameter],
+    eps: Hyperparameter,
+    eps_root: Hyperparameter,
+    weight_decay: Hyperparameter,
+    decoupled: bool,
+) -> Transformation:
+    values_at = values_by_step(
+        {
+            "lr": lr,
+            "betas[0]": betas[0],
+            "betas[1]": betas[1],
+            "eps": eps,
+            "eps_root": eps_root,
+            "weight_decay": weight_decay,
+        },
+        _check_adam,
+    )
 
     def init(params: Tree) -> AdamState:
+        step = zero_steps()
+        values_at(step)
         zeros = optree.tree_map(torch.zeros_like, params)
-        return AdamState(_zero_steps(), zeros, zeros)
+        return AdamState(step, zeros, zeros)
 
     def update(
         updates: Tree, state: AdamState, *, params: Tree = None, inplace: bool = False
     ) -> tuple[Tree, AdamState]:
-        step = state.step + 1
-        mean = optree.tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mean, updates)
-        square = optree.tree_map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.square, updates)
+        now = values_at(state.step)
+        beta1, beta2, step = now["betas[0]"], now["betas[1]"], state.step + 1
+        gradient = updates if decoupled else plus_decay(updates, params, now["weight_decay"])
+        mean = optree.tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mean, gradient)
+        square = optree.tree_map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.square, gradient)
         correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
         direction = optree.tree_map(
-            lambda m, v: (m / correction1) / ((v / correction2 + eps_root).sqrt() + eps), mean, square
+            lambda m, v: (m / correction1) / ((v / correction2 + now["eps_root"]).sqrt() + now["eps"]), mean, square
         )
-        return direction, AdamState(step, mean, square)
+        if decoupled:
+            direction = plus_decay(direction, params, now["weight_decay"])
+        return _descended(direction, now["lr"]), AdamState(step, mean, square)
 
-    return GradientTransformation(init, update)
-
-
-def _nothing_to_remember(params: Tree) -> EmptyState:
-    return EmptyState()
+    return Transformation(init, update)
 
 
-def _zero_steps() -> Int[Tensor, ""]:
-    # On the CPU whatever the device of the parameters: the count is read at every step.
-    return torch.zeros((), dtype=torch.int64)
+def _check_adam(name: str, value: Value) -> None:
+    if name == "eps_root" and not value > 0.0:
+        raise ValueError(
+            f"`eps_root` is {float(value)}, and Adam's derivative is then NaN as soon as one gradient entry is exactly "
+            "0 (an unused embedding row is enough). Pass `eps_root` > 0, for instance 1e-8: see docs/stability.md."
+        )
+    if name.startswith("betas") and not isinstance(value, Tensor) and not 0.0 <= value < 1.0:
+        raise ValueError(f"`{name}` is {value}. Both betas must be at least 0 and below 1.")
+
+
+def _descended(direction: Tree, lr: Value) -> Tree:
+    """−lr·direction."""
+    return optree.tree_map(lambda u: -lr * u, direction)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchopt
 from torch import nn
 
 import metagrad as mg
@@ -164,12 +165,37 @@ OPTIONS = {
     ),
     "no slots": (lambda: mg.Binomial(slots=0), "`slots` is 0.*1 or more"),
     "half a slot": (lambda: mg.Binomial(slots=2.5), "`slots` is 2.5.*integer"),
-    "beta above 1": (lambda: mg.optim.adam(0.1, betas=(1.5, 0.9)), r"`betas` is \(1.5, 0.9\)"),
+    "beta above 1": (lambda: mg.optim.adam(0.1, betas=(1.5, 0.9)), r"`betas\[0\]` is 1.5"),
     "torch.optim": (lambda: mg.TrainStep(Squares(), torch.optim.SGD), "torch.optim cannot be differentiated"),
     "nesterov alone": (lambda: mg.optim.sgd(0.1, nesterov=True), "nesterov=True.*momentum=0.*momentum above 0"),
     "adam without eps_root": (lambda: mg.optim.adam(0.1, eps_root=0.0), "`eps_root` is 0.0.*NaN.*1e-8"),
     "adamw without eps_root": (lambda: mg.optim.adamw(0.1, eps_root=0.0), "`eps_root` is 0.0.*NaN.*1e-8"),
     "negative eps_root": (lambda: mg.optim.adam(0.1, eps_root=-1e-8), "`eps_root` is -1e-08"),
+    "a schedule of betas": (lambda: mg.optim.adam(0.1, betas=(0.9, lambda t: 1.0)).init({}), r"`betas\[1\]` is 1.0"),
+    "a text": (lambda: mg.optim.adam("fast"), "`lr` is a str.*number"),
+    "a vector of norms": (lambda: mg.optim.clip(torch.ones(3)), r"`max_norm` is .* shape \(3,\)"),
+    "no Newton-Schulz": (lambda: mg.optim.muon(0.1, ns_steps=0), "`ns_steps` is 0.*at least 1"),
+    "a scale of Muon": (lambda: mg.optim.muon(0.1, adjust_lr="big"), "`adjust_lr` is 'big'.*'match_rms_adamw'"),
+    "Muon of a vector": (
+        lambda: mg.optim.muon(0.1).init({"b": torch.ones(3)}),
+        r"matrices, but parameter 'b' has shape \(3,\) and no other.*`others`",
+    ),
+    "Muon of a chosen vector": (
+        lambda: mg.optim.muon(0.1, matrices=lambda name, p: True).init({"b": torch.ones(3)}),
+        r"'b' has shape \(3,\) and `matrices` chose it",
+    ),
+    "no such group": (
+        lambda: mg.optim.groups(lambda name, p: "slow", {"fast": mg.optim.sgd(0.1)}).init({"b": torch.ones(3)}),
+        "parameter 'b' into group 'slow', but .* only for 'fast'",
+    ),
+    "groups without names": (
+        lambda: mg.optim.groups(lambda name, p: "a", {"a": mg.optim.sgd(0.1)}).init([torch.ones(3)]),
+        "parameters are a list. Pass a dict",
+    ),
+    "a group of torch.optim": (
+        lambda: mg.optim.groups(lambda name, p: "a", {"a": torch.optim.SGD}),
+        "the optimizer is a type.*TorchOpt transformation",
+    ),
     "tensor eps_root": (lambda: mg.optim.adam(0.1, eps_root=torch.tensor(0.0)), "`eps_root` is 0.0"),
 }
 
@@ -211,10 +237,29 @@ def test_a_container_whose_tensors_would_be_constants_is_refused():
     assert loss.calls == 0
 
 
-def test_a_hyperparameter_that_would_reshape_a_parameter_is_refused():
-    step = mg.TrainStep(mg.weighted(Squares()), mg.optim.sgd(torch.ones(2)))
+def test_an_update_that_would_reshape_a_parameter_is_refused():
+    stretched = torchopt.base.GradientTransformation(
+        lambda params: (),
+        lambda updates, state, *, params, inplace: ({"w": updates["w"] * torch.ones(2)}, state),
+    )
     with pytest.raises(ValueError, match=r"parameter 'w' from .* shape \(\) into .* shape \(2,\)"):
-        run(Squares(), step=step)
+        run(Squares(), step=mg.TrainStep(mg.weighted(Squares()), stretched))
+
+
+@pytest.mark.parametrize("lr", [torch.ones(2), lambda step: torch.ones(2)], ids=["constant", "schedule"])
+def test_one_learning_rate_for_each_step_must_say_which(lr):
+    loss = Squares()
+    with pytest.raises(ValueError, match=r"`lr` is a float64 tensor of shape \(2,\).*lambda step: values\[step\]"):
+        run(loss, step=mg.TrainStep(mg.weighted(loss), lambda meta: mg.optim.sgd(lr)))
+    assert loss.calls == 0
+
+
+def test_a_function_that_returns_no_transformation_is_refused():
+    loss = Squares()
+    step = mg.TrainStep(mg.weighted(loss), lambda meta: torch.optim.SGD([torch.ones(1)], 0.1))
+    with pytest.raises(ValueError, match="the optimizer is a SGD.*mg.optim.adamw"):
+        run(loss, step=step)
+    assert loss.calls == 0
 
 
 def test_inference_mode_is_refused():

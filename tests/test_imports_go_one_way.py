@@ -52,8 +52,12 @@ def test_metagrad_imports_no_application():
 
 
 def test_imports_form_no_cycle():
-    order = list(TopologicalSorter(OURS).static_order())
-    assert order.index("_types") < order.index("_tree") < order.index("_step") < order.index("_gradient")
+    TopologicalSorter(OURS).prepare()  # raises a CycleError
+    assert reached_from("_tree") == {"_types"}
+
+
+def test_optimizers_know_no_step():
+    assert not reached_from("optim") & {"_step", "_loss", "_replay", "_gradient", "check"}
 
 
 @pytest.mark.parametrize("name", ["_schedule", "_hierarchy"])

@@ -5,7 +5,7 @@ import pytest
 from agreement import assert_same_bits
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from optimizers import OPTIMIZERS
+from optimizers import ALL_OPTIMIZERS, OPTIMIZERS
 from problems import ODD_PROBLEMS, PROBLEMS
 
 import metagrad as mg
@@ -25,14 +25,14 @@ def test_every_schedule_gives_the_same_bits(name, num_steps):
 @settings(max_examples=15, phases=[Phase.explicit, Phase.generate])
 @given(
     name=st.sampled_from(sorted(PROBLEMS)),
-    optimizer=st.sampled_from(sorted(OPTIMIZERS)),
+    optimizer=st.sampled_from(sorted(ALL_OPTIMIZERS)),
     num_steps=st.sampled_from([2, 5, 13]),
     slots=st.integers(1, 4),
     microbatch_size=st.sampled_from([None, 2]),
     wrt_params=st.booleans(),
 )
 def test_same_bits_for_any_combination(name, optimizer, num_steps, slots, microbatch_size, wrt_params):
-    arguments = PROBLEMS[name](num_steps).arguments(OPTIMIZERS[optimizer], microbatch_size=microbatch_size)
+    arguments = PROBLEMS[name](num_steps).arguments(ALL_OPTIMIZERS[optimizer], microbatch_size=microbatch_size)
     wanted = mg.metagradient(*arguments, schedule=mg.EveryStep(), wrt_params=wrt_params)
     assert_same_bits(mg.metagradient(*arguments, schedule=mg.Binomial(slots), wrt_params=wrt_params), wanted)
 

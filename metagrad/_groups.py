@@ -1,0 +1,64 @@
+"""Parameter groups: another optimizer, or other hyperparameters, for each kind of parameter."""
+
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+from torch import Tensor
+from torchopt.base import GradientTransformation
+
+from metagrad._adapter import adapt
+from metagrad._transformation import Transformation
+from metagrad._types import Params, Tree
+
+Rule: TypeAlias = Callable[[str, Tensor], str]
+
+
+def groups(rule: Rule, transformations: Mapping[str, GradientTransformation]) -> Transformation:
+    """Each parameter updated by the transformation of its group: the parameter groups of `torch.optim`.
+
+    Args:
+        rule: from a parameter's name and its tensor to the label of its group. It decides by name, shape and type:
+            it is asked again at every step, then with the gradient in place of the parameter.
+        transformations: one for each label. A label that the rule never gives is allowed.
+
+    Raises:
+        ValueError: at `init`, for parameters that are not a dict by name, or a label without a transformation.
+
+    >>> import metagrad as mg, torch
+    >>> decayed, plain = mg.optim.adamw(1e-3, weight_decay=0.1), mg.optim.adamw(1e-3)
+    >>> rule = lambda name, tensor: "matrix" if tensor.ndim == 2 else "vector"
+    >>> optimizer = mg.optim.groups(rule, {"matrix": decayed, "vector": plain})
+    >>> sorted(optimizer.init({"w": torch.ones(2, 2), "b": torch.ones(2)}))
+    ['matrix', 'vector']
+    """
+    members = {label: adapt(transformation) for label, transformation in transformations.items()}
+
+    def part(tree: Params) -> dict[str, Params]:
+        if not isinstance(tree, dict):
+            raise ValueError(f"groups are made by name, but the parameters are a {type(tree).__name__}. Pass a dict.")
+        parts: dict[str, Params] = {}
+        for name, tensor in tree.items():
+            label = rule(name, tensor)
+            if label not in members:
+                raise ValueError(
+                    f"the rule puts parameter {name!r} into group {label!r}, but there are transformations only for "
+                    f"{', '.join(map(repr, members)) or 'no group'}. Add one for {label!r}, or change the rule."
+                )
+            parts.setdefault(label, {})[name] = tensor
+        return parts
+
+    def init(params: Params) -> dict[str, Tree]:
+        return {label: members[label].init(own) for label, own in part(params).items()}
+
+    def update(
+        updates: Params, state: dict[str, Tree], *, params: Params | None = None, inplace: bool = False
+    ) -> tuple[Params, dict[str, Tree]]:
+        results: Params = {}
+        new: dict[str, Tree] = {}
+        for label, own in part(updates).items():
+            of_group = None if params is None else {name: params[name] for name in own}
+            changes, new[label] = members[label].update(own, state[label], params=of_group, inplace=False)
+            results.update(changes)
+        return {name: results[name] for name in updates}, new
+
+    return Transformation(init, update)
