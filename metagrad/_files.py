@@ -3,7 +3,6 @@
 import errno
 import os
 import zlib
-from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +81,7 @@ def read_tree(path: Path, like: Blueprint) -> Tree:
             # Copied: torch's own memory is aligned, a mapped file's is not, and a matrix product may differ in its last
             # bit.
             return torch.empty_like(leaf, device=next(devices)).copy_(tensors[next(found)])
-        return type(leaf)(tensors[next(found)].item()) if isinstance(leaf, Number) else leaf
+        return type(leaf)(tensors[next(found)].item()) if isinstance(leaf, int | float) else leaf
 
     return optree.tree_map(read, like.tree)
 
@@ -93,11 +92,11 @@ def _by_name(tree: Tree) -> dict[str, Tensor]:
     return {
         accessor.codify(""): leaf if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=_exact(leaf))
         for accessor, leaf in zip(accessors, leaves, strict=True)
-        if isinstance(leaf, Tensor | Number)
+        if isinstance(leaf, Tensor | int | float)
     }
 
 
-def _exact(number: Number) -> torch.dtype:
+def _exact(number: Tree) -> torch.dtype:
     return torch.float64 if isinstance(number, float) else torch.int64
 
 
