@@ -74,14 +74,14 @@ def read_tree(path: Path, like: Blueprint) -> Tree:
             raise ResumeError(
                 f"{path} holds {describe(found)} as {name}, where {describe(wanted)} was expected. {REMEDY}"
             )
-    found, devices = iter(_by_name(like.tree)), iter(like.devices)
+    order, devices = iter(_by_name(like.tree)), iter(like.devices)
 
     def read(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             # Copied: torch's own memory is aligned, a mapped file's is not, and a matrix product may differ in its last
             # bit.
-            return torch.empty_like(leaf, device=next(devices)).copy_(tensors[next(found)])
-        return type(leaf)(tensors[next(found)].item()) if isinstance(leaf, int | float) else leaf
+            return torch.empty_like(leaf, device=next(devices)).copy_(tensors[next(order)])
+        return type(leaf)(tensors[next(order)].item()) if isinstance(leaf, int | float) else leaf
 
     return optree.tree_map(read, like.tree)
 
