@@ -1,71 +1,79 @@
-"""Which training examples hurt? Mislabelled ones, found by the gradient of the held-out loss.
+"""Wrong labels among the training data, silenced by weights that descend the loss on fifty clean images.
 
-240 points in four classes, 24 of them with a wrong label, train a small network. One metagradient says how the
-held-out loss would change if each example counted a little more. The 24 examples that would raise it most are compared
-with the 24 wrong ones (a random choice finds 10 % of them), and the network is trained again without them.
+Of 1,000 handwritten digits 400 carry the label of the next digit (9 that of 0). Fifty correctly labelled ones train
+nothing, they only judge. Every training image has a weight, at first a half. An update trains a small network, asks for
+the metagradient of the loss on the fifty with respect to the 1,000 weights, and moves them. Baselines: the same network
+trained on all images alike, and on the fifty alone. The accuracy is that on 747 other images. Draws data_weights.png,
+or the path given: the learned weights.
 
 Prints:
-    mislabelled among the 24 suspects:   92%
-    held-out loss, all examples:         0.256
-    held-out loss, without the suspects: 0.155
+    test accuracy, trained on all images alike:  60%
+    test accuracy, trained on the fifty:         74%
+    test accuracy, trained with learned weights: 84%
+    wrong labels among the 400 lowest weights:   85% (40% at random)
 """
 
+import sys
+
+import matplotlib.pyplot as plt
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import metagrad as mg
 
-NUM_CLASSES, NUM_FEATURES = 4, 8
-NUM_TRAIN, NUM_WRONG, NUM_TEST = 240, 24, 400
-NUM_EPOCHS, BATCH_SIZE = 6, 40
+NUM_TRAIN, NUM_WRONG, NUM_CLEAN, NUM_STEPS, NUM_UPDATES = 1000, 400, 50, 40, 20
 
 generator = torch.Generator().manual_seed(0)
-centres = 1.5 * torch.randn(NUM_CLASSES, NUM_FEATURES, generator=generator)
-
-
-def sample(num_examples: int) -> tuple[Tensor, Tensor]:
-    """Points scattered around the centre of their class, and the classes."""
-    classes = torch.randint(NUM_CLASSES, (num_examples,), generator=generator)
-    return centres[classes] + torch.randn(num_examples, NUM_FEATURES, generator=generator), classes
-
-
-points, labels = sample(NUM_TRAIN)
-test_points, test_labels = sample(NUM_TEST)
-
-# Wrong labels: another class for the first examples. The order of training is shuffled below.
-wrong = torch.arange(NUM_TRAIN) < NUM_WRONG
-labels[wrong] += torch.randint(1, NUM_CLASSES, (NUM_WRONG,), generator=generator)
-labels %= NUM_CLASSES
+images, labels = map(torch.as_tensor, load_digits(return_X_y=True))
+order = torch.randperm(len(labels), generator=generator)
+images, labels = images[order].float() / 16, labels[order]
+train, clean, test = torch.arange(len(labels)).split([NUM_TRAIN, NUM_CLEAN, len(labels) - NUM_TRAIN - NUM_CLEAN])
+wrong = train < NUM_WRONG
+given = torch.where(torch.arange(len(labels)) < NUM_WRONG, (labels + 1) % 10, labels)
 
 torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(NUM_FEATURES, 32), nn.Tanh(), nn.Linear(32, NUM_CLASSES))
+model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 10))
 
 
 def loss(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-    logits = functional_call(model, params, batch["x"])
-    return nn.functional.cross_entropy(logits, batch["y"], reduction="none")
+    index = batch["index"]
+    return nn.functional.cross_entropy(functional_call(model, params, images[index]), given[index], reduction="none")
 
 
-def held_out_loss(state: mg.State) -> Tensor:
-    return nn.functional.cross_entropy(functional_call(model, state.params, test_points), test_labels)
+step = mg.TrainStep(mg.weighted(loss), mg.optim.sgd(lr=0.3, momentum=0.9))
 
 
-epochs = [torch.randperm(NUM_TRAIN, generator=generator).split(BATCH_SIZE) for _ in range(NUM_EPOCHS)]
-batches = [{"x": points[index], "y": labels[index], "index": index} for epoch in epochs for index in epoch]
-step = mg.TrainStep(mg.weighted(loss), mg.optim.adamw(lr=1e-2))
+def trained(index: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    batches = [{"index": index}] * NUM_STEPS  # Every step sees all the images of `index`.
+    return mg.train(step, model, batches, {"weights": weights}, schedule=mg.EveryStep()).params
 
-result = mg.metagradient(held_out_loss, step, model, batches, {"weights": torch.ones(NUM_TRAIN)})
-harm = result.meta["weights"]  # Above 0: more of this example, more held-out loss.
-suspects = harm.argsort(descending=True)[:NUM_WRONG]
-precision = wrong[suspects].float().mean().item()
 
-kept = {"weights": torch.ones(NUM_TRAIN).index_fill(0, suspects, 0.0)}
-retrained = held_out_loss(mg.train(step, model, batches, kept))
+def accuracy(params: dict[str, Tensor]) -> float:
+    return (functional_call(model, params, images[test]).argmax(dim=1) == labels[test]).float().mean().item()
 
-print(f"mislabelled among the {NUM_WRONG} suspects:   {precision:.0%}")
-print(f"held-out loss, all examples:         {result.value:.3f}")
-print(f"held-out loss, without the suspects: {retrained:.3f}")
 
-assert precision > 0.75
-assert retrained < 0.8 * result.value
+alike, few = (accuracy(trained(index, torch.ones(len(labels)))) for index in (train, clean))
+logits = torch.zeros(NUM_TRAIN, requires_grad=True)  # The sigmoid keeps the weights between 0 and 1.
+outer = torch.optim.SGD([logits], lr=3.0 * NUM_TRAIN)  # Each weight has about 1/1000 of the influence.
+for _ in range(NUM_UPDATES):
+    outer.zero_grad()
+    loss(trained(train, logits.sigmoid()), {"index": clean}).mean().backward()  # The run is walked back here.
+    outer.step()
+weights = logits.detach().sigmoid()
+learned = accuracy(trained(train, weights))
+found = wrong[weights.argsort()[:NUM_WRONG]].float().mean().item()
+
+print(f"test accuracy, trained on all images alike:  {alike:.0%}")
+print(f"test accuracy, trained on the fifty:         {few:.0%}")
+print(f"test accuracy, trained with learned weights: {learned:.0%}")
+print(f"wrong labels among the {NUM_WRONG} lowest weights:   {found:.0%} ({NUM_WRONG / NUM_TRAIN:.0%} at random)")
+
+figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
+axes.hist([weights[~wrong], weights[wrong]], bins=20, range=(0, 1), label=["right label", "wrong label"])
+axes.set(xlabel="learned weight", ylabel="training images", title="Weights learned from fifty clean images")
+axes.legend()
+figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "data_weights.png")
+
+assert learned > alike + 0.12 and found > 0.6

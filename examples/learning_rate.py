@@ -1,73 +1,78 @@
-"""Tune the learning rate and the momentum of a run by gradient descent through the run.
+"""A learning rate for every step, found by gradient descent through the training run.
 
-Thirty steps of SGD with momentum on an ill-conditioned least-squares problem. For quadratics there is a textbook
-answer, which is the best for very many steps: lr = (2 / (√L + √μ))², momentum = ((√L − √μ) / (√L + √μ))², with L and μ
-the largest and the smallest curvature. For thirty steps on these data, descent on the final loss finds better ones.
+A small network learns to read handwritten digits in 25 steps of SGD with momentum. The metaparameters are the
+logarithms of the 25 learning rates. They start from a constant and descend the loss on validation images; every update
+walks back through the whole run. Baselines, each the best of 9 peaks on those same images: a constant rate, and one
+that falls along a cosine. The test loss is that on images used for nothing else. Draws learning_rate.png, or the
+path given: the three schedules.
 
 Prints:
-                   lr  momentum  loss after 30 steps
-    first guess  0.10      0.50  2.7e-02
-    textbook     3.23      0.67  4.5e-04
-    tuned        2.47      0.67  9.4e-07
+                 validation loss  test loss
+    best constant          0.301      0.252
+    best cosine            0.304      0.291
+    learned                0.168      0.195
 """
 
+import sys
+
+import matplotlib.pyplot as plt
 import torch
-from torch import Tensor
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.func import functional_call
 
 import metagrad as mg
 
-NUM_STEPS, NUM_UPDATES, NUM_FEATURES = 30, 60, 10
-Meta = dict[str, Tensor]
+NUM_STEPS, NUM_UPDATES = 25, 40
 
-torch.set_default_dtype(torch.float64)
 generator = torch.Generator().manual_seed(0)
-inputs = torch.randn(200, NUM_FEATURES, generator=generator) * torch.logspace(0, -1, NUM_FEATURES)
-targets = inputs @ torch.randn(NUM_FEATURES, generator=generator)
+images, labels = map(torch.as_tensor, load_digits(return_X_y=True))
+images = images.float() / 16
+train, validation, test = torch.randperm(len(labels), generator=generator).split([800, 500, 497])
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 32), nn.Tanh(), nn.Linear(32, 10))
 
 
-def loss(params: dict[str, Tensor], batch: None, meta: Meta) -> Tensor:
-    return 0.5 * (inputs @ params["w"] - targets).square()
+def loss(params: dict[str, Tensor], index: Tensor, meta: Tensor | None = None) -> Tensor:
+    return nn.functional.cross_entropy(functional_call(model, params, images[index]), labels[index], reduction="none")
 
 
-# The logarithm and the logit keep lr above 0 and momentum between 0 and 1 without any constraint.
-def settings(lr: Tensor, momentum: Tensor) -> Meta:
-    return {"log_lr": lr.log(), "logit_momentum": momentum.logit()}
+step = mg.TrainStep(loss, lambda meta: mg.optim.sgd(lr=lambda step: meta["log_lr"][step].exp(), momentum=0.9))
+batches = [train[torch.randint(len(train), (50,), generator=generator)] for _ in range(NUM_STEPS)]
 
 
-def optimizer(meta: Meta) -> mg.optim.GradientTransformation:
-    return mg.optim.sgd(lr=meta["log_lr"].exp(), momentum=meta["logit_momentum"].sigmoid())
+def losses(log_lr: Tensor) -> tuple[Tensor, Tensor]:
+    """Validation and test loss after training with these learning rates."""
+    params = mg.train(step, model, batches, {"log_lr": log_lr}, schedule=mg.EveryStep()).params
+    return loss(params, validation).mean(), loss(params, test).mean()
 
 
-step = mg.TrainStep(loss, optimizer)
+peaks = torch.logspace(-1.5, 0.5, 9)
+constant = torch.ones(NUM_STEPS)
+cosine = (1 + torch.cos(torch.pi * (torch.arange(NUM_STEPS) + 0.5) / NUM_STEPS)) / 2
+schedules = {
+    name: min(((peak * shape).log() for peak in peaks), key=lambda log_lr: losses(log_lr)[0].item())
+    for name, shape in {"best constant": constant, "best cosine": cosine}.items()
+}
 
-
-def final_loss(meta: Meta) -> Tensor:
-    """The loss after training: a differentiable function of the settings."""
-    batches = [None] * NUM_STEPS  # Every step sees all the data.
-    state = mg.train(step, {"w": torch.zeros(NUM_FEATURES)}, batches, meta)
-    return loss(state.params, None, meta).mean()
-
-
-def report(name: str, meta: Meta) -> float:
-    lr, momentum, value = meta["log_lr"].exp(), meta["logit_momentum"].sigmoid(), final_loss(meta)
-    print(f"{name:11s} {lr:5.2f} {momentum:9.2f}  {value:.1e}")
-    return value.item()
-
-
-curvatures = torch.linalg.eigvalsh(inputs.T @ inputs / len(inputs))
-small, large = curvatures[0].sqrt(), curvatures[-1].sqrt()
-guess = settings(0.1 / large**2, torch.tensor(0.5))
-
-print("               lr  momentum  loss after 30 steps")
-first = report("first guess", guess)
-textbook = report("textbook", settings((2 / (large + small)) ** 2, ((large - small) / (large + small)) ** 2))
-
-meta = {name: value.requires_grad_() for name, value in guess.items()}
-outer = torch.optim.Adam(meta.values(), lr=0.1)
+learned = schedules["best constant"].clone().requires_grad_()
+outer = torch.optim.Adam([learned], lr=0.1)
 for _ in range(NUM_UPDATES):
     outer.zero_grad()
-    final_loss(meta).log().backward()  # The replay runs here.
+    losses(learned)[0].backward()  # The run is walked back here.
     outer.step()
-tuned = report("tuned", meta)
+schedules["learned"] = learned.detach()
 
-assert tuned < 0.1 * textbook < first
+print("             validation loss  test loss")
+figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+test_loss = {}
+for name, log_lr in schedules.items():
+    on_validation, test_loss[name] = losses(log_lr)
+    print(f"{name:13s} {on_validation:14.3f} {test_loss[name]:10.3f}")
+    axes.plot(range(1, NUM_STEPS + 1), log_lr.exp(), label=f"{name}: test loss {test_loss[name]:.2f}")
+axes.set(xlabel="training step", ylabel="learning rate", yscale="log", title="Learning rates, one for each step")
+axes.legend()
+figure.savefig(sys.argv[1] if len(sys.argv) > 1 else "learning_rate.png")
+
+assert test_loss["learned"] < 0.85 * min(test_loss["best constant"], test_loss["best cosine"])

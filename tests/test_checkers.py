@@ -124,7 +124,7 @@ def test_several_metrics_are_unrolled_one_by_one():
 def test_determinism_reports_what_it_compared():
     _, *rest = PROBLEMS["mlp"](3).arguments(OPTIMIZERS["sgd"])
     found = mg.check.determinism(*rest)
-    assert found.num_steps == 3 and found.num_tensors == 4  # three parameters, one generator
+    assert found.num_steps == 3 and found.num_tensors == 5  # three parameters, the step count, one generator
     assert str(found).startswith("Verdict: deterministic: each of 3 steps")
 
 
