@@ -26,7 +26,7 @@ class WeightedLoss:
         if losses.shape != weights.shape:
             raise ValueError(
                 f"the loss under `mg.weighted` has shape {tuple(losses.shape)}, and the batch has weights of shape "
-                f"{tuple(weights.shape)}. Return one loss per weight, in the same shape."
+                f"{tuple(weights.shape)}. Return one loss per example, or per token, as the weights are."
             )
         return reduce(weights * losses, "examples ... -> examples", "sum")
 

@@ -46,7 +46,11 @@ def refuse_changed_shapes(before: Params, after: Params) -> None:
 def refuse_other_structure(what: str, given: Tree, expected: Tree) -> None:
     """Raise unless two trees have the same structure, and tensors of the same shapes and types at the same places."""
     if optree.tree_structure(given) != optree.tree_structure(expected):
-        raise ValueError(f"{what} is {describe(given)}, where {describe(expected)} was expected.")
+        lacks, adds = (sorted(set(names("", a)) - set(names("", b))) for a, b in ((expected, given), (given, expected)))
+        raise ValueError(
+            f"{what} has another structure than expected: it lacks {', '.join(lacks) or 'nothing'}, and adds "
+            f"{', '.join(adds) or 'nothing'} (or differs in a value that is no tensor)."
+        )
     for name, left, right in zip(names(what, expected), tensor_leaves(given), tensor_leaves(expected), strict=True):
         if left.shape != right.shape or left.dtype != right.dtype:
             raise ValueError(f"{name} is {describe(left)}, where {describe(right)} was expected.")

@@ -60,7 +60,7 @@ def determinism(
         >>> import torch, metagrad as mg
         >>> step = mg.TrainStep(lambda p, b, meta: (p["w"] - b) ** 2, mg.optim.sgd(lr=0.1))
         >>> print(mg.check.determinism(step, {"w": torch.tensor(0.0)}, [torch.ones(1)] * 2, {}))
-        Verdict: deterministic: each of 2 steps, run twice, gave the same bits in all 2 tensors of the state, and \
+        Verdict: deterministic: each of 2 steps, run twice, gave the same bits in all 3 tensors of the state, and \
 changed nothing that it was given.
     """
     running, state = begin(step, params, batches, meta)
