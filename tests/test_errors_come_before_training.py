@@ -165,6 +165,10 @@ OPTIONS = {
     ),
     "no slots": (lambda: mg.Binomial(slots=0), "`slots` is 0.*1 or more"),
     "half a slot": (lambda: mg.Binomial(slots=2.5), "`slots` is 2.5.*integer"),
+    "a tree of one branch": (lambda: mg.Tree(arity=1), "`arity` is 1.*2 or more"),
+    "negative slots in RAM": (lambda: mg.Hierarchical(-1, 2), "`ram_slots` is -1.*0 or more"),
+    "no slot on disk": (lambda: mg.Hierarchical(2, 0), "`disk_slots` is 0.*1 or more"),
+    "no bytes": (lambda: mg.Budget(ram=0), "budget is 0 bytes of RAM and 0 of disk"),
     "beta above 1": (lambda: mg.optim.adam(0.1, betas=(1.5, 0.9)), r"`betas\[0\]` is 1.5"),
     "torch.optim": (lambda: mg.TrainStep(Squares(), torch.optim.SGD), "torch.optim cannot be differentiated"),
     "nesterov alone": (lambda: mg.optim.sgd(0.1, nesterov=True), "nesterov=True.*momentum=0.*momentum above 0"),
@@ -204,6 +208,83 @@ OPTIONS = {
 def test_refused_when_it_is_built(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_a_folder_with_states_is_refused(tmp_path):
+    (tmp_path / "state-00000003.00000000.safetensors").touch()
+    with pytest.raises(ValueError, match="already holds states, such as state-00000003.*resume=folder"):
+        mg.DiskStore(tmp_path)
+
+
+def of_other_momentum():
+    state = mg.TrainStep(Squares(), mg.optim.sgd(0.1, 0.9)).init({"w": torch.tensor(0.5)}, {})
+    return state
+
+
+def half_precision():
+    return {"w": torch.tensor(0.5, dtype=torch.bfloat16)}
+
+
+PLACES = {
+    "states on disk and no disk": ({"schedule": mg.Hierarchical(1, 2)}, "`store` is a NoneType.*DiskStore"),
+    "states on disk and RAM": (
+        {"schedule": mg.Hierarchical(1, 2), "store": mg.RamStore()},
+        "`store` is a RamStore.*DiskStore",
+    ),
+    "a budget of one byte": ({"schedule": mg.Budget(ram=1)}, "1 bytes of RAM holds no state of [0-9]+ bytes"),
+    "a budget on no disk": ({"schedule": mg.Budget(ram=1, disk=10**6)}, "bytes on disk, but no folder"),
+    "the state of another optimizer": ({"params": of_other_momentum()}, "the optimizer state has another structure"),
+    "bfloat16": ({"params": half_precision()}, "parameter 'w' is torch.bfloat16.*float.*allow_low_precision=True"),
+}
+
+
+@pytest.mark.parametrize("changes, message", PLACES.values(), ids=PLACES.keys())
+@pytest.mark.parametrize("call", [mg.metagradient, mg.dry_run], ids=lambda call: call.__name__)
+def test_refused_by_the_run_and_by_the_dry_run(call, changes, message):
+    loss = Squares()
+    arguments = {
+        "metric": lambda state: state.params["w"] ** 2,
+        "step": mg.TrainStep(mg.weighted(loss), mg.optim.sgd(0.1)),
+        "params": {"w": torch.tensor(0.5)},
+        "batches": [batch()] * 9,
+        "meta": {"weights": torch.ones(3)},
+    }
+    with pytest.raises(ValueError, match=message):
+        call(**{**arguments, **changes})
+    measured = 3 if isinstance(changes.get("schedule"), mg.Budget) or call is mg.dry_run else 0
+    assert loss.calls <= measured
+
+
+def test_a_folder_and_a_store_are_one_too_many(tmp_path):
+    with pytest.raises(ValueError, match="with `resume`.*Leave `store` out"):
+        run(Squares(), resume=tmp_path, store=mg.RamStore())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to keep the states of")
+def test_pinned_memory_needs_a_gpu():
+    with pytest.raises(ValueError, match="no CUDA device.*RamStore"):
+        mg.PinnedStore()
+
+
+def test_too_small_a_budget_with_a_disk_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="too small for states of .* RAM must hold 2 for copying"):
+        run(Squares(), schedule=mg.Budget(ram=1, disk=10**6), store=mg.DiskStore(tmp_path))
+
+
+def test_coarse_products_are_refused_unless_allowed():
+    params = {"w": torch.tensor(0.5, dtype=torch.float32)}
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        with pytest.raises(ValueError, match=r"mkldnn.matmul.fp32_precision is 'bf16'.*'ieee'.*allow_low_precision"):
+            run(Squares(), params=params)
+        run(Squares(), params=params, allow_low_precision=True)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def test_half_precision_on_request():
+    result = run(Squares(), params=half_precision(), meta={"weights": torch.ones(3)}, allow_low_precision=True)
+    assert result.state.params["w"].dtype == torch.bfloat16
 
 
 def test_an_eps_root_of_zero_in_meta_is_refused_before_training():
