@@ -105,3 +105,20 @@ def test_a_progress_bar_changes_no_number(capsys):
     assert "train" in bars and "5/5" in bars and "replay" in bars and "8/8" in bars
     assert_same_bits(shown, mg.metagradient(*arguments, schedule=mg.Binomial(2)))
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_a_kept_gradient_is_not_computed_again(num_steps):
+    """With micro-batches the gradient is needed whole before it can be pulled back, and is kept with its state."""
+    problem, calls = PROBLEMS["mlp"](num_steps), []
+
+    def loss(params, batch):
+        calls.append(1)
+        return problem.loss(params, batch)
+
+    step = mg.TrainStep(mg.weighted(loss), OPTIMIZERS["adam"], microbatch_size=2)  # two pieces of a batch
+    arguments = problem.metric, step, problem.params, problem.batches, problem.meta
+    kept = mg.metagradient(*arguments, schedule=mg.EveryStep(), wrt_params=True)
+    assert len(calls) == 2 * 2 * num_steps  # once for the gradient, once to pull it back
+    again = mg.metagradient(*arguments, schedule=mg.Binomial(1), wrt_params=True)
+    assert_same_bits(kept, again)
