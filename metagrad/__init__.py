@@ -1,6 +1,6 @@
 """Exact gradients of any metric of a trained model with respect to anything its training depended on."""
 
-from metagrad import check, optim
+from metagrad import attribution, check, optim
 from metagrad._custom import AutogradStep
 from metagrad._disk import DiskStore
 from metagrad._estimate import Budget, Estimate
@@ -36,6 +36,7 @@ __all__ = [
     "TrainStep",
     "Trajectory",
     "Tree",
+    "attribution",
     "check",
     "dry_run",
     "metagradient",

@@ -30,8 +30,8 @@ def fingerprint(initial: State, batches: Batches, meta: Tree, terms: Sequence[Te
         "wrt_params": str(wrt_params),
         **_by_leaf("state", initial),
         **_by_leaf("meta", meta),
-        **{f"batches[{t}]": _joined(_by_leaf("", batches[t])) for t in range(len(batches))},
-        **{f"metric {k} on the initial state": _joined(_by_leaf("", term)) for k, term in enumerate(terms)},
+        **{f"batches[{t}]": digest(batches[t]) for t in range(len(batches))},
+        **{f"metric {k} on the initial state": digest(term) for k, term in enumerate(terms)},
     }
 
 
@@ -47,8 +47,9 @@ def _of_leaf(leaf: object) -> str:
     return f"{leaf.device.type} {leaf.dtype} {tuple(leaf.shape)} {numbers}"
 
 
-def _joined(parts: Mapping[str, str]) -> str:
-    return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:16]
+def digest(tree: Tree) -> str:
+    """A short digest of everything in `tree`."""
+    return hashlib.sha256(repr(sorted(_by_leaf("", tree).items())).encode()).hexdigest()[:16]
 
 
 @cache

@@ -54,10 +54,10 @@ class RunFolder:
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder)
+        self._lock = locked(self.folder)
         for unfinished in self.folder.glob("*.unfinished"):
             unfinished.unlink()
-        _claim(self.folder, fingerprint)
+        claim(self.folder, fingerprint)
         found = _files_by_kind(self.folder)
         self.store = DiskStore(self.folder, found["state"], Blueprint.of(Kept(initial, None)))
         self.witness = _read_witness(found["witness"], initial)
@@ -121,7 +121,7 @@ class RunFolder:
         self._pause = PAUSE * (self._written_at - start)
 
 
-def _locked(folder: Path) -> int:
+def locked(folder: Path) -> int:
     """A lock that ends with the process, however it ends."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
@@ -132,7 +132,7 @@ def _locked(folder: Path) -> int:
     return descriptor
 
 
-def _claim(folder: Path, fingerprint: Fingerprint) -> None:
+def claim(folder: Path, fingerprint: Fingerprint) -> None:
     """Write `run.json` to an empty folder, or see that the one there says the same."""
     path, text = folder / "run.json", json.dumps(dict(fingerprint), indent=0, sort_keys=True)
     if not path.exists():
