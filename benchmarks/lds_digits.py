@@ -1,8 +1,8 @@
 """How well do exact scores predict retraining? LDS on handwritten digits, for runs from smooth to rough.
 
-A network with one hidden layer of 64 learns 1,400 of the 1,797 8×8 digits of scikit-learn in batches of 100. The queries
-are the losses of 30 single test images. For each row, 100 random subsets of 1 % and of 5 % are left out, and the network
-is trained again without each.
+A network with one hidden layer of 64 learns 1,400 of the 1,797 8×8 digits of scikit-learn. The queries are the losses
+of 30 single test images. For each row, 100 random subsets of 1 % and of 5 % are left out, and the network is trained
+again without each.
 
     python benchmarks/lds_digits.py [--out PICTURES] [--processes 2] [--quick]
 """
@@ -127,7 +127,8 @@ def main() -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
     print(
-        "| optimizer | lr | eps_root | activation | steps | batch | precision | accuracy | LDS, 1 % left out | LDS, 5 % | scores, s |"
+        "| optimizer | lr | eps_root | activation | steps | batch | precision | accuracy "
+        "| LDS, 1 % left out | LDS, 5 % | scores, s |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for setting in SETTINGS:

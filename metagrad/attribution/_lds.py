@@ -139,7 +139,8 @@ def spearman(left: Float[Tensor, "rows n"], right: Float[Tensor, "rows n"]) -> F
             "a query's metric is the same for every subset, so nothing can be ranked. Leave out more examples, or "
             "choose a metric that depends on them."
         )
-    return (ranks[0] * ranks[1]).sum(-1) / (sizes[0] * sizes[1])
+    correlation: Tensor = (ranks[0] * ranks[1]).sum(-1) / (sizes[0] * sizes[1])
+    return correlation
 
 
 def _centred_ranks(values: Float[Tensor, "rows n"]) -> Float[Tensor, "rows n"]:
