@@ -34,7 +34,7 @@ class Setting:
     activation: Callable[[Tensor], Tensor] = torch.tanh
     epochs: int = 5
     batch_size: int = BATCH_SIZE
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float64
 
     def build(self) -> mg.optim.GradientTransformation:
         if self.optimizer == "momentum":
@@ -44,7 +44,7 @@ class Setting:
 
 SETTINGS = [
     Setting("momentum", 0.05),
-    Setting("momentum", 0.05, dtype=torch.float64),
+    Setting("momentum", 0.05, dtype=torch.float32),
     Setting("momentum", 0.1),
     Setting("momentum", 0.1, activation=torch.relu),
     Setting("momentum", 0.1, epochs=40),
@@ -52,7 +52,7 @@ SETTINGS = [
     Setting("momentum", 0.5),
     Setting("momentum", 0.5, activation=torch.relu),
     Setting("adam", 0.01, 1e-4),
-    Setting("adam", 0.01, 1e-4, dtype=torch.float64),
+    Setting("adam", 0.01, 1e-4, dtype=torch.float32),
     Setting("adam", 0.01, 1e-6),
     Setting("adam", 0.01, 1e-8),
     Setting("adam", 0.01, 1e-8, activation=torch.relu),
