@@ -41,10 +41,13 @@ class DiskStore(Store):
                 f"{self.folder} already holds states, such as {found.name}. Name an empty folder; to continue a run "
                 "that was cut off, call metagradient(..., resume=folder) instead."
             )
-        self._worker = ThreadPoolExecutor(max_workers=1)
+        self._worker: ThreadPoolExecutor | None = None
         self._like = {step: like for step in self._paths} if like is not None else {}
         self._writing: tuple[int, int, Future[Path]] | None = None  # step, bytes in RAM, path to come
         self._reading: _Reading | None = None
+        self._sizes = {step: path.stat().st_size for step, path in self._paths.items()}
+        self._num_bytes = sum(self._sizes.values())
+        self._beside = 0
         self._peak = Bytes(0, 0)
 
     @property
@@ -56,7 +59,7 @@ class DiskStore(Store):
         self._finish_writing()
         step = kept.state.step
         self._like[step] = Blueprint.of(kept)
-        written = self._worker.submit(write_tree, self.folder, f"state-{step:08d}", kept)
+        written = self._working().submit(write_tree, self.folder, f"state-{step:08d}", kept)
         self._writing = (step, num_bytes(kept), written)
         self._count()
 
@@ -69,31 +72,48 @@ class DiskStore(Store):
     def expect(self, step: int) -> None:
         if self._reading is None or self._reading.step != step:
             self._finish_writing()
-            self._reading = _Reading(step, self._worker.submit(read_tree, self._paths[step], self._like[step]))
+            self._reading = _Reading(step, self._working().submit(read_tree, self._paths[step], self._like[step]))
             self._count()
 
     def drop(self, step: int) -> None:
         self._finish_writing()
         self._paths.pop(step).unlink()
+        self._num_bytes -= self._sizes.pop(step)
         del self._like[step]
         if self._reading is not None and self._reading.step == step:
             self._reading = None
 
+    def beside(self, num_bytes: int) -> None:
+        """Count so many bytes of other files on the same disk, from now on."""
+        self._beside = num_bytes
+        self._count()
+
     def close(self) -> None:
-        self._finish_writing()
-        self._worker.shutdown()
+        try:
+            self._finish_writing()
+        finally:
+            if self._worker is not None:
+                self._worker.shutdown()
+            self._worker = self._reading = None
 
     @property
     def peak_bytes(self) -> Bytes:
         return self._peak
 
+    def _working(self) -> ThreadPoolExecutor:
+        """The thread that copies; a new one after `close`, so that the store can be used again."""
+        self._worker = self._worker or ThreadPoolExecutor(max_workers=1)
+        return self._worker
+
     def _finish_writing(self) -> None:
         if self._writing is not None:
             (step, _, written), self._writing = self._writing, None
-            self._paths[step] = written.result()
+            self._paths[step] = path = written.result()
+            self._sizes[step] = path.stat().st_size
+            self._num_bytes += self._sizes[step]
 
     def _count(self) -> None:
         writing = 0 if self._writing is None else self._writing[1]
         reading = 0 if self._reading is None else num_bytes(self._like[self._reading.step].tree)
-        disk = writing + sum(path.stat().st_size for path in self._paths.values())
+        disk = writing + self._num_bytes + self._beside
         self._peak = Bytes(max(self._peak.ram, writing + reading), max(self._peak.disk, disk))

@@ -35,13 +35,18 @@ def write_tree(folder: Path, name: str, tree: Tree) -> Path:
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        code = error.errno if isinstance(error, OSError) else errno.EIO
-        raise OSError(
-            code,
-            f"{name} could not be written to {folder} ({error}). Everything written before is still there: make room, "
-            "and call again with the same `resume`.",
-        ) from error
+        raise could_not_write(name, folder, error) from error
     return path
+
+
+def could_not_write(name: str, folder: Path, error: Exception) -> OSError:
+    """What to tell a user whose disk is full, or gone."""
+    code = error.errno if isinstance(error, OSError) else errno.EIO
+    return OSError(
+        code,
+        f"{name} could not be written to {folder} ({error}). Everything written before is still there: make room, "
+        "and call again; with the same `resume` the run goes on.",
+    )
 
 
 class Blueprint(NamedTuple):
@@ -106,8 +111,10 @@ def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     separate = {}
     for name, tensor in tensors.items():
         own = tensor.detach().cpu().contiguous()
-        separate[name] = own.clone() if own.data_ptr() in taken else own
-        taken.add(own.data_ptr())
+        # By storage: two views may overlap without beginning at the same byte.
+        memory = own.untyped_storage().data_ptr()
+        separate[name] = own.clone() if memory in taken else own
+        taken.add(memory)
     return separate
 
 

@@ -1,7 +1,8 @@
 """Schedules with more structure than one row of slots: the tree of REPLAY, and states in RAM and on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from metagrad._schedule import (
@@ -16,6 +17,7 @@ from metagrad._schedule import (
     binomial,
     evaluations,
     refuse_count,
+    thinned,
 )
 
 
@@ -83,27 +85,58 @@ class Hierarchical(Schedule):
         return Save(0, on_disk=True)
 
     def reversal(self, start: int, stop: int, kept: int) -> Iterator[Action]:
-        starts, free = [start], self.disk_slots - kept
-        while self._disk_pays(stop - starts[-1], free):
-            here = starts[-1]
-            split = here + best_split(stop - here, self.ram_slots + 1 + free)
-            yield Run(here, split)
-            yield Save(split, on_disk=True)
-            starts.append(split)
+        here, starts, free = start, [start], self.disk_slots - kept
+        while (split := self._split(stop - here, free)) is not None:
+            following = here + split
+            yield Run(here, following)
+            yield Save(following, on_disk=True)
+            here = following
+            starts.append(here)
             free -= 1
-        yield from binomial(starts[-1], stop, self.ram_slots + 1)
+        yield from binomial(here, stop, self.ram_slots + 1)
         for number, (here, following) in reversed(list(enumerate(pairwise(starts)))):
             yield Drop(following)
             yield Load(here)
             yield from self.reversal(here, following, kept + number)
 
-    def _disk_pays(self, length: int, free: int) -> bool:
-        """Whether to reverse `length` steps with one more of the `free` slots on disk, rather than with RAM alone."""
-        if free < 1 or length <= self.ram_slots + 2:
-            return False
-        slots = self.ram_slots + 1
-        split = best_split(length, slots + free)
-        if length - split == 1:
-            return False
-        parts = evaluations(length - split, slots + free - 1) + evaluations(split, slots + free)
-        return split + parts + self.write + self.read < evaluations(length, slots)
+    def thinned(self, kept: Sequence[int], stop: int) -> list[int]:
+        def cost(length: int, number: int) -> float:
+            free = max(self.disk_slots - number - 1, 0)
+            return cheapest(length, free, self.ram_slots + 1, self.write, self.read)[0]
+
+        return thinned(kept, stop, self.disk_slots, cost)
+
+    def _split(self, length: int, free: int) -> int | None:
+        """Where to keep the next of the `free` states on disk for `length` steps; None where RAM alone is cheaper."""
+        return cheapest(length, free, self.ram_slots + 1, self.write, self.read)[1]
+
+
+@lru_cache(maxsize=1 << 18)
+def cheapest(length: int, free: int, slots: int, write: float, read: float) -> tuple[float, int | None]:
+    """The time to reverse `length` steps from a state on disk, and the distance to the next one there, None for none.
+
+    In units of one step's time; the initial state of the `slots` is the one on disk.
+    """
+    alone = evaluations(length, slots) + read * _loads(length, slots)
+    if free < 1 or length <= slots + 1:
+        return alone, None
+    split = best_split(length, slots + free)
+    if length - split == 1:
+        return alone, None
+    right = cheapest(length - split, free - 1, slots, write, read)[0]
+    left = cheapest(split, free, slots, write, read)[0]
+    with_disk = split + write + right + read + left
+    return (with_disk, split) if with_disk < alone else (alone, None)
+
+
+def _loads(length: int, slots: int) -> int:
+    """How often `binomial` takes its first state in hand again."""
+    if length <= slots:
+        return min(length - 1, 1)
+    if slots == 1:
+        return length - 1
+    loads = 0
+    while length > 1:
+        length = best_split(length, slots)
+        loads += 1
+    return loads

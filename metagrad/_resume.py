@@ -5,7 +5,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import nan
 from pathlib import Path
 from time import perf_counter
@@ -13,11 +13,11 @@ from time import perf_counter
 import torch
 
 from metagrad._disk import DiskStore
-from metagrad._files import REMEDY, Blueprint, read_tree, sync_folder, write_tree
+from metagrad._files import REMEDY, Blueprint, could_not_write, read_tree, sync_folder, write_tree
 from metagrad._fingerprint import Fingerprint
 from metagrad._replay import Progress
 from metagrad._schedule import Plan, Save
-from metagrad._store import Bytes, Kept
+from metagrad._store import Kept
 from metagrad._tree import tensor_leaves
 from metagrad._types import ResumeError, State, Tree
 from metagrad._witness import Witness
@@ -55,22 +55,28 @@ class RunFolder:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = locked(self.folder)
-        for unfinished in self.folder.glob("*.unfinished"):
-            unfinished.unlink()
-        claim(self.folder, fingerprint)
-        found = _files_by_kind(self.folder)
-        self.store = DiskStore(self.folder, found["state"], Blueprint.of(Kept(initial, None)))
-        self.witness = _read_witness(found["witness"], initial)
-        self.final: State | None = None
-        for path in found["final"].values():
-            self.final = read_tree(path, Blueprint.of(initial))
-        self.progress = _read_progress(found["reverse"], like, wrt_params)
+        try:
+            claim(self.folder, fingerprint)
+            for unfinished in self.folder.glob("*.unfinished"):
+                unfinished.unlink()
+            found = _files_by_kind(self.folder)
+            self.store = DiskStore(self.folder, found["state"], Blueprint.of(Kept(initial, None)))
+            self.witness = _read_witness(found["witness"], initial)
+            self.final: State | None = None
+            for path in found["final"].values():
+                self.final = read_tree(path, Blueprint.of(initial))
+            self.progress = _read_progress(found["reverse"], like, wrt_params)
+            if self.progress is not None and self.final is None:
+                raise ResumeError(f"{self.folder} holds no final-*.safetensors, the trained state, any more. {REMEDY}")
+        except BaseException:
+            # Or the same process, corrected, would find the folder in use.
+            os.close(self._lock)
+            raise
         self._planned: frozenset[int] = frozenset()
         # The newest file of each kind but the plan's states; the bookmark of a dead process is one of those by now.
         self._own = {kind: path for kind in ("final", "witness", "reverse") for path in found[kind].values()}
         self._pause = 0.0
         self._written_at = perf_counter()
-        self._peak = 0
 
     def begin(self, plan: Plan) -> None:
         """Hear of the states that the forward run will keep anyway, which need no bookmark."""
@@ -78,6 +84,9 @@ class RunFolder:
 
     def stepped(self, state: State) -> None:
         """Now and then, and never where the plan keeps the state anyway: a bookmark of the forward run."""
+        if state.step == 1 and "witness" not in self._own:
+            # Before any state that a step led to is kept: it tells a later process whether its step is another.
+            self._write("witness", state.step, self.witness.table(state.step))
         if self.final is None and state.step not in self._planned and self._due():
             self._write("state", state.step, Kept(state, None))
             self._write("witness", state.step, self.witness.table(state.step))
@@ -89,6 +98,7 @@ class RunFolder:
         self.final = state
         if (bookmark := self._own.pop("state", None)) is not None:
             bookmark.unlink()
+            self._count(self._own.values())
 
     def reversed(self, progress: Progress) -> None:
         """Now and then, and at the end: the cotangents and the gradients so far."""
@@ -99,26 +109,23 @@ class RunFolder:
         """Let another process have the folder."""
         os.close(self._lock)
 
-    @property
-    def peak_bytes(self) -> Bytes:
-        """The most bytes held at a time, with those of the store."""
-        ram, disk = self.store.peak_bytes
-        return Bytes(ram, disk + self._peak)
-
     def _due(self) -> bool:
         return perf_counter() - self._written_at >= self._pause
 
     def _write(self, kind: str, step: int, tree: Tree) -> None:
         start = perf_counter()
         path = write_tree(self.folder, f"{kind}-{step:08d}", tree)
-        own = {*self._own.values(), path}
-        self._peak = max(self._peak, sum(file.stat().st_size for file in own))
+        self._count({*self._own.values(), path})
         # The older one goes only now: at every moment there is one that is whole.
         if (older := self._own.get(kind)) is not None and older != path:
             older.unlink()
         self._own[kind] = path
+        self._count(self._own.values())
         self._written_at = perf_counter()
         self._pause = PAUSE * (self._written_at - start)
+
+    def _count(self, own: Iterable[Path]) -> None:
+        self.store.beside(sum(path.stat().st_size for path in own))
 
 
 def locked(folder: Path) -> int:
@@ -136,15 +143,19 @@ def claim(folder: Path, fingerprint: Fingerprint) -> None:
     """Write `run.json` to an empty folder, or see that the one there says the same."""
     path, text = folder / "run.json", json.dumps(dict(fingerprint), indent=0, sort_keys=True)
     if not path.exists():
-        if others := sorted(file.name for file in folder.iterdir() if file.name != "lock"):
+        if others := sorted({file.name for file in folder.iterdir()} - {"lock", "run.unfinished"}):
             raise ResumeError(f"{folder} has no run.json, but holds {others[0]}. Name an empty or a new folder.")
         unfinished = folder / "run.unfinished"
-        with open(unfinished, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-        sync_folder(folder)
+        try:
+            with open(unfinished, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.rename(path)
+            sync_folder(folder)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise could_not_write(path.name, folder, error) from error
         return
     content = path.read_bytes()
     if content == text.encode():
@@ -153,7 +164,8 @@ def claim(folder: Path, fingerprint: Fingerprint) -> None:
         found = dict(json.loads(content))
     except ValueError as error:
         raise ResumeError(f"{path} is damaged: it is no JSON any more. {REMEDY}") from error
-    for part in sorted(found.keys() | fingerprint.keys()):
+    # First what was passed, then what a metric makes of it.
+    for part in sorted([*fingerprint, *found], key=lambda part: part.startswith("metric")):
         if found.get(part) != fingerprint.get(part):
             raise ResumeError(
                 f"{path} is of another run, or damaged: {part} was {found.get(part)} and is {fingerprint.get(part)}. "

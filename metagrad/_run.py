@@ -1,7 +1,8 @@
 """A whole run, forward and back: at once, or in a folder that outlives the process."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,8 +45,8 @@ class Run:
     def at_once(self, terms: Terms, store: Store | None) -> Outcome:
         """The run from its start, states kept in `store`."""
         replay = self.begin(store)
-        state = replay.forward(self.initial)
-        return self._reversed(replay, state, terms, None, replay.store)
+        with _closing(replay.store):
+            return self._reversed(replay, replay.forward(self.initial), terms, None)
 
     def begin(self, store: Store | None) -> Replay:
         """The engine of a run from its start."""
@@ -65,28 +66,30 @@ class Run:
         marks = fingerprint(self.initial, self.batches, self.meta, trial, self.wrt_params)
         journal = RunFolder(folder, marks, self.initial, self._nothing_reversed(trial), self.wrt_params)
         try:
-            plan = self._rest(journal)
-            journal.begin(plan)
-            replay = self._replay(plan, fitting_store(plan, journal.store), journal.witness, journal)
-            self._refuse_another_step(journal.witness)
-            state = journal.final
-            if state is None:
-                state = replay.forward(self.initial)
-                journal.trained(state)
-            return self._reversed(replay, state, terms, journal.progress, journal)
+            with _closing(journal.store):
+                plan = self._rest(journal)
+                journal.begin(plan)
+                # Asked of the schedule, since the rest of a plan with a disk may have states for RAM alone.
+                store = _tiered(plan, journal.store) if self.schedule.first().on_disk else journal.store
+                replay = self._replay(plan, store, journal.witness, journal)
+                self._refuse_another_step(journal.witness)
+                state = journal.final
+                if state is None:
+                    state = replay.forward(self.initial)
+                    journal.trained(state)
+                return self._reversed(replay, state, terms, journal.progress)
         finally:
+            # Only now, when nothing is being written any more.
             journal.close()
 
     def _replay(self, plan: Plan, store: Store, witness: Witness | None, journal: RunFolder | None) -> Replay:
         return Replay(self.step, self.batches, self.meta, plan, store, self.wrt_params, self.progress, witness, journal)
 
-    def _reversed(
-        self, replay: Replay, state: State, terms: Terms, begun: Progress | None, held: Store | RunFolder
-    ) -> Outcome:
+    def _reversed(self, replay: Replay, state: State, terms: Terms, begun: Progress | None) -> Outcome:
         num_forward = replay.evaluations
         done = replay.reverse(state, terms, begun)
-        replay.store.close()
-        return Outcome(state, done, num_forward, replay.evaluations - num_forward, replay.reversals, held.peak_bytes)
+        num_replayed = replay.evaluations - num_forward
+        return Outcome(state, done, num_forward, num_replayed, replay.reversals, replay.store.peak_bytes)
 
     def _nothing_reversed(self, trial: Sequence[Term]) -> Progress:
         """Progress after the last step, as far as shapes and types go."""
@@ -108,7 +111,11 @@ class Run:
             # Its writing was cut off, or it is gone already and the end of the run was not noted.
             journal.store.put(Kept(self.initial, None))
             left = [0, *left]
-        return self.schedule.rest(num_steps, left, reversed_to)
+        # The bookmarks of many processes may be left: no more states than the schedule was given.
+        kept = self.schedule.thinned(left, num_steps + 1 if reversed_to is None else reversed_to)
+        for step in set(left).difference(kept):
+            journal.store.drop(step)
+        return self.schedule.rest(num_steps, kept, reversed_to)
 
     def _refuse_another_step(self, witness: Witness) -> None:
         """Run step 0 and see that it does what it did for the process that began the folder."""
@@ -135,12 +142,32 @@ def fitting_store(plan: Plan, store: Store | None) -> Store:
     Raises:
         ValueError: if the plan needs a disk and `store` is none.
     """
-    on_disk = {action.step for action in [*plan.forward, *plan.reverse] if isinstance(action, Save) and action.on_disk}
-    if not on_disk:
+    if not _disk_steps(plan):
         return store or RamStore()
     if not isinstance(store, DiskStore):
         raise ValueError(
             f"the schedule keeps states on disk, but `store` is {describe(store)}. Pass store=mg.DiskStore(folder), or "
             "resume=folder."
         )
-    return TieredStore(RamStore(), store, {*on_disk, *store.steps})
+    return _tiered(plan, store)
+
+
+def _tiered(plan: Plan, disk: DiskStore) -> TieredStore:
+    return TieredStore(RamStore(), disk, {*_disk_steps(plan), *disk.steps})
+
+
+def _disk_steps(plan: Plan) -> set[int]:
+    return {action.step for action in [*plan.forward, *plan.reverse] if isinstance(action, Save) and action.on_disk}
+
+
+@contextmanager
+def _closing(store: Store) -> Iterator[None]:
+    """`store` closed at the end, so that nothing is written any more when the call is over."""
+    try:
+        yield
+    except BaseException:
+        # An error of the store is a consequence, or less urgent: the first one is told.
+        with suppress(OSError):
+            store.close()
+        raise
+    store.close()

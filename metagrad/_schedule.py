@@ -5,8 +5,9 @@ classical problem of reversing T + 1 steps of which the last is the metric [grie
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import comb
 from typing import NamedTuple, TypeAlias
 
@@ -116,6 +117,10 @@ class Schedule(ABC):
         end = _metric_in(actions)
         return Plan(actions[:end], actions[end + 1 :], len(kept))
 
+    def thinned(self, kept: Sequence[int], stop: int) -> list[int]:
+        """Those of the `kept` states, ascending from 0, with which to go on reversing the steps before `stop`."""
+        return list(kept)
+
     def cost(self, num_steps: int) -> Cost:
         """What `plan(num_steps)` costs, known before anything is trained."""
         return self.plan(num_steps).cost
@@ -140,6 +145,9 @@ class Binomial(Schedule):
     def reversal(self, start: int, stop: int, kept: int) -> Iterator[Action]:
         # Never less than its own: a run cut off under more slots has more states left than fit.
         return binomial(start, stop, max(self.slots - kept + 1, 1))
+
+    def thinned(self, kept: Sequence[int], stop: int) -> list[int]:
+        return thinned(kept, stop, self.slots, lambda length, number: evaluations(length, max(self.slots - number, 1)))
 
 
 @dataclass(frozen=True)
@@ -207,6 +215,27 @@ def evaluations(num_steps: int, slots: int) -> int:
     while comb(slots + sweeps, sweeps) < num_steps:
         sweeps += 1
     return sweeps * num_steps - comb(slots + sweeps, sweeps - 1)
+
+
+def thinned(kept: Sequence[int], stop: int, most: int, cost: Callable[[int, int], float]) -> list[int]:
+    """The cheapest to go on with of the `kept` states before `stop`: too many early ones leave no slot for the rest.
+
+    Args:
+        most: states to go on with at most, but the first and the last in any case.
+        cost: of reversing so many steps from a kept state with so many other states kept.
+    """
+
+    def in_all(left: list[int]) -> float:
+        return sum(cost(end - start, number) for number, (start, end) in enumerate(pairwise([*left, stop])))
+
+    left = [step for step in kept if step < stop]
+    choices = [left]
+    while len(left) > 2:
+        gaps = [after - before for before, after in zip(left, left[2:], strict=False)]
+        gone = 1 + gaps.index(min(gaps))
+        left = [*left[:gone], *left[gone + 1 :]]
+        choices.append(left)
+    return min((left for left in choices if len(left) <= max(most, 2)), key=in_all)
 
 
 def refuse_count(name: str, value: int, least: int, why: str) -> None:
