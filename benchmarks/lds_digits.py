@@ -108,7 +108,7 @@ def row(setting: Setting, num_subsets: int, processes: int, out: Path | None) ->
         )
         cells.append(f"{found.mean:.3f} ({found.interval[0]:.3f} to {found.interval[1]:.3f})")
         if out is not None:
-            found.plot(out / f"lds_{setting.optimizer}_{setting.lr}_{setting.eps_root}_{fraction}.png")
+            found.plot(out / f"{SETTINGS.index(setting):02d}_{setting.optimizer}_{fraction}.png")
     eps_root = "–" if setting.eps_root is None else f"{setting.eps_root:.0e}"
     return (
         f"| {setting.optimizer} | {setting.lr} | {eps_root} | {setting.activation.__name__} | {len(run[2])} | "

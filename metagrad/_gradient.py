@@ -128,7 +128,7 @@ def dry_run(
 
     Args and errors: those of `metagradient`. What it would refuse before training is refused here too.
 
-    Cost: three evaluations of step 0 and its reversal, whatever the number of steps.
+    Cost: two evaluations and two reversals of step 0, whatever the number of steps.
     """
     meta, run = prepared(step, params, batches, meta, wrt_params, False, allow_low_precision)
     trial = Objective.of(metric, len(batches)).try_on(run.initial)

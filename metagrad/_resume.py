@@ -1,6 +1,5 @@
 """A run's folder: everything that is needed to go on after a kill at any moment, in files that are whole or absent."""
 
-import fcntl
 import json
 import os
 import re
@@ -130,6 +129,8 @@ class RunFolder:
 
 def locked(folder: Path) -> int:
     """A lock that ends with the process, however it ends."""
+    import fcntl  # Only here: Windows has none, and everything else works there.
+
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

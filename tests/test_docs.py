@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import metagrad as mg
+
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.exists()]
 SOURCES = sorted(source for package in ("metagrad", "dpg") for source in (ROOT / package).rglob("*.py"))
@@ -83,3 +85,25 @@ def test_equations_named_in_the_code_are_in_the_theory() -> None:
         for number in map(str, range(int(first), int(last or first) + 1))
     }
     assert named and named <= numbered
+
+
+def test_the_api_page_lists_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^::: (metagrad\.[\w.]+)$", text, re.MULTILINE)) | set(re.findall(r"`mg\.([\w.]+)`", text))
+    listed = {name.removeprefix("metagrad.") for name in listed}
+    public = {
+        *mg.__all__,
+        *(f"optim.{name}" for name in mg.optim.__all__),
+        *(f"check.{name}" for name in mg.check.__all__),
+        *(f"attribution.{name}" for name in mg.attribution.__all__),
+    }
+    assert public <= listed, "not in docs/api.md"
+    assert listed <= public, "in docs/api.md, but not public"
+
+
+def test_every_page_is_in_the_site_and_the_index() -> None:
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    assert set(re.findall(r"- ([\w.]+\.md)$", navigation, re.MULTILINE)) == pages
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert {Path(link.split("#")[0]).name for link in LINK.findall(index)} >= pages - {"index.md"}
