@@ -13,8 +13,9 @@ import torch
 from metagrad._disk import DiskStore
 from metagrad._files import Blueprint, read_tree, write_tree
 from metagrad._hierarchy import Hierarchical
+from metagrad._plan import Cost, Load, Save
 from metagrad._run import Run
-from metagrad._schedule import Binomial, Cost, Load, Save, Schedule
+from metagrad._schedule import Binomial, Schedule
 from metagrad._store import Bytes, Kept, Store
 from metagrad._tree import num_bytes
 from metagrad._types import Term

@@ -5,20 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-from metagrad._schedule import (
-    Action,
-    Drop,
-    Load,
-    Reverse,
-    Run,
-    Save,
-    Schedule,
-    best_split,
-    binomial,
-    evaluations,
-    refuse_count,
-    thinned,
-)
+from metagrad._plan import Action, Drop, Load, Reverse, Run, Save
+from metagrad._schedule import Schedule, best_split, binomial, evaluations, refuse_count, thinned
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from metagrad._schedule import Action, Drop, Load, Plan, Reverse, Run, Save
+from metagrad._plan import Action, Drop, Load, Plan, Reverse, Run, Save
 from metagrad._store import Kept, Store
 from metagrad._tree import add, differentiable, floating_leaves, not_finite
 from metagrad._types import Batches, LinearStep, NonFiniteError, Pull, Pullback, Scalar, State, Term, Tree

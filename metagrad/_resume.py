@@ -14,8 +14,8 @@ import torch
 from metagrad._disk import DiskStore
 from metagrad._files import REMEDY, Blueprint, could_not_write, read_tree, sync_folder, write_tree
 from metagrad._fingerprint import Fingerprint
+from metagrad._plan import Plan, Save
 from metagrad._replay import Progress
-from metagrad._schedule import Plan, Save
 from metagrad._store import Kept
 from metagrad._tree import tensor_leaves
 from metagrad._types import ResumeError, State, Tree

@@ -10,9 +10,10 @@ import torch
 
 from metagrad._disk import DiskStore
 from metagrad._fingerprint import fingerprint
+from metagrad._plan import Plan, Save
 from metagrad._replay import Progress, Replay, Terms
 from metagrad._resume import RunFolder
-from metagrad._schedule import Plan, Save, Schedule
+from metagrad._schedule import Schedule
 from metagrad._store import Bytes, Kept, RamStore, Store, TieredStore
 from metagrad._tree import describe, floating_leaves
 from metagrad._types import Batches, LinearStep, ReplayMismatchError, ResumeError, State, Term, Tree

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import metagrad as mg
-from metagrad._schedule import Drop, Load, Plan, Reverse, Run, Save
+from metagrad._plan import Drop, Load, Plan, Reverse, Run, Save
 
 
 def reversal(schedule: mg.Schedule, num_steps: int) -> list[int]:

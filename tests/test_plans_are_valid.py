@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import metagrad as mg
 from metagrad._hierarchy import cheapest
-from metagrad._schedule import Drop, Load, Plan, Reverse, Run, Save
+from metagrad._plan import Drop, Load, Plan, Reverse, Run, Save
 
 SCHEDULES = st.one_of(
     st.builds(mg.Binomial, st.integers(1, 12)),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import metagrad as mg
-from metagrad._schedule import Run
+from metagrad._plan import Run
 from metagrad._transformation import Transformation
 from metagrad._witness import digests
 
