@@ -6,9 +6,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from metagrad._plan import Action, Drop, Load, Plan, Reverse, Run, Save
+from metagrad._progress import ticking
 from metagrad._store import Kept, Store
 from metagrad._tree import add, differentiable, floating_leaves, not_finite
 from metagrad._types import Batches, LinearStep, NonFiniteError, Pull, Pullback, Scalar, State, Term, Tree
@@ -76,9 +76,9 @@ class Replay:
         """The state after the last step, with what the plan asks for kept in the store."""
         if self.witness is not None:
             self.witness.see(state)
-        with tqdm(total=self.plan.cost.forward, desc="train", unit="step", disable=not self.progress) as bar:
+        with ticking("train", "step", self.plan.cost.forward, self.progress) as tick:
             for action in self.plan.forward:
-                state = self._move(action, state, bar)
+                state = self._move(action, state, tick)
         return state
 
     def reverse(self, state: State, terms: Terms, begun: Progress | None = None) -> Progress:
@@ -100,10 +100,10 @@ class Replay:
             )
         done = begun or self._nothing_yet(state, terms(state))
         cost, actions = self.plan.cost, self.plan.reverse
-        with tqdm(total=cost.replayed + cost.reversed, desc="replay", unit="step", disable=not self.progress) as bar:
+        with ticking("replay", "step", cost.replayed + cost.reversed, self.progress) as tick:
             for number, action in enumerate(actions):
                 if not isinstance(action, Reverse):
-                    state = self._move(action, state, bar)
+                    state = self._move(action, state, tick)
                     continue
                 assert state.step == action.step == done.step - 1
                 following = next((a for a in actions[number + 1 :] if not isinstance(a, Drop)), None)
@@ -111,7 +111,7 @@ class Replay:
                     self.store.expect(following.step)
                 done = self._pulled(state, done, terms)
                 self.reversals += 1
-                bar.update()
+                tick()
                 if self.journal is not None:
                     self.journal.reversed(done)
         return done
@@ -132,7 +132,7 @@ class Replay:
         totals = [[torch.zeros_like(leaf) for leaf in floating_leaves(self.meta)] for _ in terms]
         return _with_terms(Progress(state.step, [None for _ in terms], [zeros for _ in terms], totals), terms)
 
-    def _move(self, action: Action, state: State, bar: tqdm) -> State:
+    def _move(self, action: Action, state: State, tick: Callable[[], object]) -> State:
         if self.unsaved is not None and not isinstance(action, Run):
             self._save(None)
         match action:
@@ -146,7 +146,7 @@ class Replay:
                 assert state.step == start
                 for _ in range(start, stop):
                     state = self._advance(state)
-                    bar.update()
+                    tick()
         return state
 
     def _advance(self, state: State) -> State:

@@ -114,4 +114,6 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors are equal bit for bit: a NaN equals itself, and 0.0 does not equal -0.0."""
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(*(t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (left, right)))
+    # Cloned: torch reads memory as other integers only where it is contiguous, be it of one element.
+    flat = (t.detach().reshape(-1).clone(memory_format=torch.contiguous_format) for t in (left, right))
+    return torch.equal(*(t.view(torch.uint8) for t in flat))

@@ -101,3 +101,12 @@ def test_a_single_step_goes_on(tmp_path):
         process.join()
         assert process.exitcode == -9
     assert same(tensors(call(setup, 1, resume=tmp_path / "run")), wanted)
+
+
+def test_states_for_ram_stay_in_ram_after_a_kill(tmp_path):
+    setup = Setup(mg.Hierarchical(3, 1))
+    process = forked(mortal_run, setup, NUM_STEPS, tmp_path / "run", tmp_path / "results", Death("evaluation", 20))
+    process.join()
+    # The rest of the plan wants no state on disk any more; each holds 5 kB of random numbers alone.
+    stats = call(setup, NUM_STEPS, resume=tmp_path / "run").stats
+    assert process.exitcode == -9 and stats.ram_bytes > 3 * 5000

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from metagrad._custom import as_linear
 from metagrad._files import Blueprint, read_tree, write_tree
 from metagrad._fingerprint import Fingerprint, digest, fingerprint
 from metagrad._metric import Objective, Trajectory, value_of
+from metagrad._progress import ticking
 from metagrad._resume import claim, locked
 from metagrad._types import Batches, LinearStep, Metric, NonFiniteError, State, Step, Tree
 from metagrad.attribution._scores import like_params, refuse_other_subsets, refuse_weights
@@ -84,12 +84,12 @@ def retrain(
     found = {} if folder is None else folder.found()
     missing = [subset for subset in range(len(removed)) if subset not in found]
     try:
-        with tqdm(total=len(removed), initial=len(found), desc="retrain", unit="subset", disable=not progress) as bar:
+        with ticking("retrain", "subset", len(removed), progress, done=len(found)) as tick:
             for subset, values in run.each(missing):
                 if folder is not None:
                     folder.keep(subset, values)
                 found[subset] = values
-                bar.update()
+                tick()
     finally:
         if folder is not None:
             folder.close()
