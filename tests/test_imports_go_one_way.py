@@ -71,7 +71,7 @@ def test_the_referee_does_not_play():
 
 
 def test_the_replay_knows_neither_step_nor_loss():
-    assert reached_from("_replay") <= {"_plan", "_store", "_tree", "_types", "_witness"}
+    assert reached_from("_replay") <= {"_plan", "_progress", "_store", "_tree", "_types", "_witness"}
 
 
 def test_every_public_name_exists():
