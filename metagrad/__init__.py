@@ -1,6 +1,7 @@
 """Exact gradients of any metric of a trained model with respect to anything its training depended on."""
 
 from metagrad import attribution, check, optim
+from metagrad._buffers import DifferentiableStatistics
 from metagrad._custom import AutogradStep
 from metagrad._disk import DiskStore
 from metagrad._estimate import Budget, Estimate
@@ -18,6 +19,7 @@ __all__ = [
     "AutogradStep",
     "Binomial",
     "Budget",
+    "DifferentiableStatistics",
     "DiskStore",
     "Estimate",
     "EveryStep",

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metagrad._buffers import DifferentiableStatistics
+from metagrad._buffers import DifferentiableStatistics, copies_of, refuse_unseen_changes
 from metagrad._curvature import Contribution
 from metagrad._loss import Piece, cut, loss_gradient, mean_share
 from metagrad._random import drawing
-from metagrad._refusals import refuse_non_finite_gradient
+from metagrad._refusals import refuse_changes_in_place, refuse_non_finite_gradient
 from metagrad._reverse import pull_gradient
-from metagrad._tree import add, detached, floating_leaves, fresh, grouped, joined
+from metagrad._tree import add, detached, floating_leaves, fresh, grouped, independent, joined
 from metagrad._types import Loss, Params, Scalar, Tree
 
 
@@ -114,11 +114,13 @@ class BatchLoss:
 
     def _share(self, params: Params, start: Start, piece: Piece, meta: Tree) -> tuple[Scalar, Params]:
         """One micro-batch's part of the mean loss, and the buffers after it."""
-        # Detached on request; cloned, since modules change their buffers in place, and the state is a value.
-        before = detached(start.buffers) if self.constant_buffers else start.buffers
-        variables = {**params, **{name: buffer.clone() for name, buffer in before.items()}}
-        share = mean_share(self.loss(variables, piece.batch, meta), piece, self.step)
-        after = {name: variables[name] for name in before}
+        # Detached on request; copied, since modules change their buffers in place, and the state is a value.
+        copies = independent(start.buffers) if self.constant_buffers else copies_of(start.buffers)
+        variables = {**params, **copies}
+        with refuse_changes_in_place("the loss", params=params, batch=piece.batch, meta=meta):
+            share = mean_share(self.loss(variables, piece.batch, meta), piece, self.step)
+        refuse_unseen_changes(start.buffers, copies)
+        after = {name: variables[name] for name in copies}
         return share, detached(after) if self.constant_buffers else after
 
     @contextmanager

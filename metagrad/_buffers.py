@@ -7,13 +7,20 @@ reads them. Under `DifferentiableStatistics` both are ordinary operations; the n
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from metagrad._types import Params
+
 
 class DifferentiableStatistics(TorchFunctionMode):
-    """Batch and instance norm with running statistics that have a gradient."""
+    """Batch and instance norm with running statistics that have a gradient, inside a `with` block.
+
+    `metagradient` evaluates metrics in it. After `mg.train` a loss that reads `state.buffers` is to be computed in it:
+    torch's own layers refuse running statistics with a graph.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         replacement: Callable[..., Tensor] = {
@@ -21,6 +28,32 @@ class DifferentiableStatistics(TorchFunctionMode):
             functional.instance_norm: instance_norm,
         }.get(func, func)
         return replacement(*args, **(kwargs or {}))
+
+
+def copies_of(buffers: Params) -> Params:
+    """Copies that a loss may change in place, each with a graph, so that `refuse_unseen_changes` can tell how."""
+    return {
+        name: buffer.clone() if buffer.requires_grad or not buffer.is_floating_point() else _leaf(buffer).clone()
+        for name, buffer in buffers.items()
+    }
+
+
+def _leaf(buffer: Tensor) -> Tensor:
+    return buffer.detach().requires_grad_()
+
+
+def refuse_unseen_changes(before: Params, copies: Params) -> None:
+    """Raise for a copy that has another value than `before`, and still the graph of a mere copy.
+
+    A change under `torch.no_grad` does that: whatever reads the buffer would be differentiated as if it were unchanged.
+    """
+    for name, copy in copies.items():
+        untouched = copy.grad_fn is not None and copy.grad_fn.name() == "CloneBackward0"
+        if untouched and not torch.equal(copy, before[name]):
+            raise ValueError(
+                f"buffer {name!r} is changed under torch.no_grad or through .data, where no derivative can follow. "
+                "Change it with gradients on, or take all buffers as constants: TrainStep(constant_buffers=True)."
+            )
 
 
 def batch_norm(

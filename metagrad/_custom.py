@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from metagrad._buffers import DifferentiableStatistics
+from metagrad._buffers import DifferentiableStatistics, copies_of, refuse_unseen_changes
 from metagrad._random import drawing, seeded
-from metagrad._refusals import refuse_other_structure, refuse_unreadable
+from metagrad._refusals import refuse_changes_in_place, refuse_other_structure, refuse_unknown_leaves, refuse_unreadable
 from metagrad._reverse import pull_gradient
 from metagrad._tree import (
     describe,
@@ -52,8 +52,9 @@ class AutogradStep:
         if not isinstance(state, State):
             raise ValueError(
                 f"`init` of {type(self.step).__name__} returned {describe(state)}. Return mg.State(params), with what "
-                "else is carried from step to step under `optimizer`."
+                "else is carried from step to step under `optimizer`; of a module dict(module.named_parameters())."
             )
+        refuse_unknown_leaves(f"the initial state of {type(self.step).__name__}", differentiable(state))
         if not floating_leaves(differentiable(state)):
             raise ValueError(f"the initial state of {type(self.step).__name__} holds no floating-point tensor.")
         made = [leaf for leaf in floating_leaves(differentiable(state)) if leaf.grad_fn is not None]
@@ -112,12 +113,14 @@ class AutogradStep:
     def _evaluated(self, state: State, batch: Tree, meta: Tree) -> State:
         name = type(self.step).__name__
         # Cloned: modules change their buffers in place, and the state is a value.
-        state = state._replace(buffers={key: buffer.clone() for key, buffer in state.buffers.items()})
+        copies = copies_of(state.buffers)
         with drawing(state.rng, state.params) as rng, _differentiable_twice():
-            new = self.step(state, batch, meta)
+            with refuse_changes_in_place(name, state=state, batch=batch, meta=meta):
+                new = self.step(state._replace(buffers=copies), batch, meta)
         if not isinstance(new, State):
             raise ValueError(f"{name} returned {describe(new)}. Return a state: state._replace(params=...).")
         refuse_other_structure(f"the state after {name}", differentiable(new), differentiable(state))
+        refuse_unseen_changes(state.buffers, copies)
         return new._replace(rng=rng[0], step=state.step + 1)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metagrad._files import Blueprint, read_tree, write_tree
-from metagrad._store import Bytes, Kept, Store
+from metagrad._store import Bytes, Kept, Store, refuse_second
 from metagrad._tree import num_bytes
 
 
@@ -58,6 +58,7 @@ class DiskStore(Store):
     def put(self, kept: Kept) -> None:
         self._finish_writing()
         step = kept.state.step
+        refuse_second(step, self._paths)
         self._like[step] = Blueprint.of(kept)
         written = self._working().submit(write_tree, self.folder, f"state-{step:08d}", kept)
         self._writing = (step, num_bytes(kept), written)

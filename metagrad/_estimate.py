@@ -103,10 +103,11 @@ def within(budget: Budget, measured: Measured, has_folder: bool, spare: int) -> 
     if budget.disk == 0:
         if budget.ram < size:
             raise ValueError(f"a budget of {budget.ram} bytes of RAM holds no state of {size} bytes. Raise it.")
-        return Binomial(budget.ram // size)
+        return Binomial(int(budget.ram // size))
     if not has_folder:
         raise ValueError("the budget has bytes on disk, but no folder is named. Pass store=mg.DiskStore(folder).")
-    ram, disk = budget.ram // size - COPIES, (budget.disk - spare) // measured.file_bytes
+    ram = int(budget.ram // size) - COPIES
+    disk = int((budget.disk - spare) // measured.file_bytes)
     if ram < 0 or disk < 1:
         raise ValueError(
             f"a budget of {budget.ram} bytes of RAM and {budget.disk} of disk is too small for states of {size} bytes: "
@@ -156,8 +157,9 @@ def estimated(run: Run, measured: Measured, store: Store | None) -> Estimate:
 
 def _copying(kept: Kept, folder: Path) -> tuple[int, float, float]:
     """Bytes of a state's file, and seconds to write and to read it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    # Beside the folder: what a kill leaves there must not be in the way of a run that goes on.
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix="metagrad-") as place:
         start = perf_counter()
         path = write_tree(Path(place), "measured", kept)
         written = perf_counter()

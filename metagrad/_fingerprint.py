@@ -1,7 +1,7 @@
 """What makes a run the run it is, in short digests by name: so that a folder of another one is told apart, and why."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TypeAlias
@@ -10,15 +10,17 @@ import optree
 import torch
 from torch import Tensor
 
-from metagrad._types import Batches, State, Term, Tree
+from metagrad._types import Batches, State, Tree
 from metagrad._witness import digests
 
 Fingerprint: TypeAlias = Mapping[str, str]
 """From the name of a part to its value or its digest."""
 
 
-def fingerprint(initial: State, batches: Batches, meta: Tree, terms: Sequence[Term], wrt_params: bool) -> Fingerprint:
-    """The fingerprint of a run by what it computes with, and of its metrics by what they give on the initial state.
+def fingerprint(
+    initial: State, batches: Batches, meta: Tree, metrics: Mapping[str, Tree], wrt_params: bool
+) -> Fingerprint:
+    """The fingerprint of a run by what it computes with, and of its metrics by what they give, by name.
 
     Cost: one reading of the batches.
     """
@@ -31,7 +33,7 @@ def fingerprint(initial: State, batches: Batches, meta: Tree, terms: Sequence[Te
         **_by_leaf("state", initial),
         **_by_leaf("meta", meta),
         **{f"batches[{t}]": digest(batches[t]) for t in range(len(batches))},
-        **{f"metric {k} on the initial state": digest(term) for k, term in enumerate(terms)},
+        **{name: digest(marks) for name, marks in metrics.items()},
     }
 
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 
-import optree
 import torch
 from torch import Tensor, nn
 
@@ -14,10 +13,19 @@ from metagrad._disk import DiskStore
 from metagrad._estimate import Budget, Estimate, Measured, estimated, measure, within
 from metagrad._metric import Objective, Trajectory
 from metagrad._precision import refuse_low_precision
+from metagrad._refusals import refuse_unknown_leaves
 from metagrad._run import Run, fitting_store
 from metagrad._schedule import Binomial, Schedule
 from metagrad._store import Store
-from metagrad._tree import detached, differentiable, floating_leaves, grouped, tensor_leaves, with_floating_leaves
+from metagrad._tree import (
+    detached,
+    differentiable,
+    floating_leaves,
+    grouped,
+    num_bytes,
+    tensor_leaves,
+    with_floating_leaves,
+)
 from metagrad._types import Batches, Metric, Result, State, Stats, Step, Term, Tree
 
 DEFAULT_SCHEDULE = Binomial(slots=8)
@@ -93,7 +101,10 @@ def metagradient(
     objective = Objective.of(metric, len(batches))
     trial = objective.try_on(run.initial)
     run = _scheduled(run, schedule, store, resume, trial)[0]
-    outcome = run.at_once(objective.at, store) if resume is None else run.in_folder(objective.at, resume, trial)
+    if resume is None:
+        outcome = run.at_once(objective.at, store)
+    else:
+        outcome = run.in_folder(objective.at, resume, trial, objective.marks(run.initial))
     done, parts = outcome.done, differentiable(outcome.state)
     values = [value for value in done.values if value is not None]
     initial = [None, None, None]
@@ -152,12 +163,7 @@ def prepared(
         raise ValueError("nothing can be differentiated under torch.inference_mode(). Use torch.no_grad() instead.")
     linear = as_linear(step)
     linear.validate(batches, meta)
-    for accessor, leaf in zip(*optree.tree_flatten_with_accessor(meta)[:2], strict=True):
-        if not isinstance(leaf, Tensor | int | float | str):
-            raise ValueError(
-                f"{accessor.codify('meta')} is a {type(leaf).__name__}, whose tensors would be taken as constants. Use "
-                "dicts, lists, tuples and named tuples of tensors, for instance dict(...)."
-            )
+    refuse_unknown_leaves("meta", meta)
     # Detached: the gradient with respect to these values is what is asked for, not that of whatever made them.
     meta = detached(meta)
     initial = linear.init(params, meta)
@@ -174,13 +180,18 @@ def _scheduled(
     measure_anyway: bool = False,
 ) -> tuple[Run, Measured | None]:
     """`run` under the schedule given, or under the one that a budget allows; and the measurement, if one was made."""
+    if not isinstance(schedule, Schedule | Budget):
+        raise ValueError(f"`schedule` is {schedule!r}. Pass a schedule such as mg.Binomial(slots=8), or an mg.Budget.")
+    if not isinstance(store, Store | None):
+        raise ValueError(f"`store` is {store!r}. Pass mg.RamStore(), or mg.DiskStore(folder).")
     folder = store.folder if isinstance(store, DiskStore) else resume
     measured = measure(run, folder, trial) if measure_anyway or isinstance(schedule, Budget) else None
     if isinstance(schedule, Budget):
         assert measured is not None
-        # A run's folder also holds the trained state, a bookmark, and, while new ones are written, twice the cotangents
-        # and the digests.
+        # A run's folder also holds the trained state, a bookmark, and, while new ones are written, twice the
+        # cotangents, the gradients and the digests.
         digests = (len(run.batches) + 1) * len(tensor_leaves(run.initial)) * 16
-        spare = 0 if resume is None else (2 + 2 * len(trial)) * measured.file_bytes + 2 * digests
+        pulled = len(trial) * (measured.file_bytes + num_bytes(run.meta))
+        spare = 0 if resume is None else 2 * (measured.file_bytes + pulled + digests)
         schedule = within(schedule, measured, folder is not None, spare)
     return replace(run, schedule=schedule), measured

@@ -1,6 +1,6 @@
 """Training as a differentiable layer."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from metagrad._replay import Replay
 from metagrad._schedule import Schedule
 from metagrad._store import Store
 from metagrad._tree import detached, differentiable, floating_leaves, grouped, independent, with_floating_leaves
-from metagrad._types import Batches, State, Step, Term, Tree
+from metagrad._types import Batches, LinearStep, State, Step, Term, Tree
 
 
 def train(
@@ -31,7 +31,7 @@ def train(
 
     Backward through `state.params`, `state.buffers` or `state.optimizer` replays the run in reverse and leaves exact
     gradients in every tensor of `meta` and of the initial state that requires one. The reverse pass runs once and
-    cannot itself be differentiated.
+    cannot itself be differentiated. Evaluate normalisation layers by `state.buffers` in a `DifferentiableStatistics()`.
 
     Args, errors and cost: those of `metagradient`; the reverse part of the cost is paid in backward.
 
@@ -44,9 +44,13 @@ def train(
         >>> float(meta["lr"].grad)  # w = 2 - 2(1 - 2 lr)^2
         4.0
     """
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"`schedule` is {schedule!r}. Pass a schedule such as mg.Binomial(slots=8); budgets are for metagradient."
+        )
     # Copied: the tensors of `meta` may be changed by an outer optimizer before backward replays the run.
     own, run = prepared(step, params, batches, independent(meta), True, progress, allow_low_precision)
-    sources = _sources(params, run.initial)
+    sources = _sources(step, params, own, run.initial)
     if not any(source is not None and source.requires_grad for source in sources):
         run = replace(run, wrt_params=False)
     layer = _Layer(replace(run, schedule=schedule).begin(store), run.initial)
@@ -96,7 +100,9 @@ class _Training(torch.autograd.Function):
         return (None, *(gradient if given else None for given, gradient in pairs))
 
 
-def _sources(params: Mapping[str, Tensor] | nn.Module | State, initial: State) -> list[Tensor | None]:
+def _sources(
+    step: Step, params: Mapping[str, Tensor] | nn.Module | State, meta: Tree, initial: State
+) -> list[Tensor | None]:
     """The user's own tensors, one for each differentiable leaf of the initial state; None where that was made new.
 
     Raises:
@@ -105,6 +111,7 @@ def _sources(params: Mapping[str, Tensor] | nn.Module | State, initial: State) -
     if isinstance(params, State):
         return list(floating_leaves(differentiable(params)))
     named = dict(params.named_parameters()) if isinstance(params, nn.Module) else dict(params)
+    _refuse_computed(step, params, meta, [tensor for tensor in named.values() if tensor.requires_grad])
     for name, tensor in named.items():
         if tensor.requires_grad and name not in initial.params:
             raise ValueError(
@@ -113,3 +120,21 @@ def _sources(params: Mapping[str, Tensor] | nn.Module | State, initial: State) -
             )
     made_new = len(floating_leaves((initial.optimizer, initial.buffers)))
     return [*(named.get(name) for name in sorted(initial.params)), *[None] * made_new]
+
+
+def _refuse_computed(
+    step: Step, params: Mapping[str, Tensor] | nn.Module | State, meta: Tree, tensors: Sequence[Tensor]
+) -> None:
+    """Raise if `init` computes the initial state from `tensors`: the gradient on that way would be lost."""
+    if isinstance(step, LinearStep) or not tensors:
+        return
+    with torch.enable_grad():
+        state = step.init(params, meta)
+    made = [leaf for leaf in floating_leaves(differentiable(state)) if leaf.grad_fn is not None]
+    reached = torch.autograd.grad(made, tensors, made, allow_unused=True) if made else ()
+    if any(gradient is not None for gradient in reached):
+        raise ValueError(
+            f"`init` of {type(step).__name__} computes a part of the initial state from parameters that require a "
+            "gradient, and the gradient on that way would be lost. Pass a whole mg.State instead of `params`, or "
+            "detach what is to be a constant."
+        )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from metagrad._buffers import DifferentiableStatistics
-from metagrad._tree import add, describe, differentiable, floating_leaves, fresh, not_finite
+from metagrad._refusals import refuse_changes_in_place
+from metagrad._tree import add, describe, differentiable, floating_leaves, fresh, not_finite, with_floating_leaves
 from metagrad._types import Metric, NonFiniteError, Scalar, State, Term
 
 
@@ -78,6 +79,15 @@ class Objective:
         tried = {key: _term(metric, state) for key, metric in found.items()}
         return [reduce(_sum, (tried[id(m)] for m in steps.values())) for steps in self.terms]
 
+    def marks(self, initial: State) -> dict[str, Any]:
+        """What tells these metrics from others: their steps, and what they give on the initial state and beside it."""
+        parts = differentiable(initial)
+        # Beside it too: many metrics are alike where parameters are still zero.
+        moved = with_floating_leaves(parts, [leaf + 0.01 * (1 + leaf.abs()) for leaf in floating_leaves(parts)])
+        states = (initial, initial._replace(**moved._asdict()))
+        found = [self.try_on(state) for state in states]
+        return {f"metric {k}": (sorted(steps), [terms[k] for terms in found]) for k, steps in enumerate(self.terms)}
+
     def at(self, state: State) -> list[Term | None]:
         """What each metric adds at this state, None where it has no term.
 
@@ -95,8 +105,10 @@ def value_of(metric: Metric, state: State) -> Scalar:
     """Φ = metric(state) with its graph, through parameters, optimizer state and buffers alike."""
     # Cloned: a metric that runs a module in training mode changes its buffers in place.
     buffers = {name: buffer.clone() for name, buffer in state.buffers.items()}
+    given = differentiable(state)._replace(buffers={})
     with torch.enable_grad(), DifferentiableStatistics() if buffers else nullcontext():
-        return metric(state._replace(buffers=buffers))
+        with refuse_changes_in_place("the metric", state=given):
+            return metric(state._replace(buffers=buffers))
 
 
 def checked_value(metric: Metric, state: State) -> tuple[Scalar, list[Tensor]]:

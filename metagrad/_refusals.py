@@ -1,6 +1,8 @@
 """What a step refuses, because the answer would be a wrong number without a word."""
 
-from collections.abc import Sequence, Sized
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import optree
 import torch
@@ -8,6 +10,15 @@ from torch import Tensor
 
 from metagrad._tree import describe, names, not_finite, tensor_leaves
 from metagrad._types import Batches, NonFiniteError, Params, Tree
+
+
+@runtime_checkable
+class Subscriptable(Protocol):
+    """Anything with [t]."""
+
+    def __getitem__(self, step: int, /) -> Tree:
+        """The entry at `step`."""
+        ...
 
 
 def refuse_shared_modules(module: torch.nn.Module) -> None:
@@ -63,8 +74,40 @@ def refuse_unreadable(batches: Batches) -> None:
             f"`batches` is a {type(batches).__name__}, which can be read once. Pass a list, or anything with len() "
             "and [t] that gives the same batch at every reading."
         )
+    if not isinstance(batches, Subscriptable):
+        raise ValueError(
+            f"`batches` is a {type(batches).__name__}, which cannot be read at [t]. Pass a list, for instance "
+            "list(loader)."
+        )
     if len(batches) == 0:
         raise ValueError("`batches` is empty: there is no step to train. Pass at least one batch.")
+
+
+@contextmanager
+def refuse_changes_in_place(who: str, **given: Tree) -> Iterator[None]:
+    """Raise if a tensor of what was `given` is changed inside: kept states share it, and would be others."""
+    before = {root: [leaf._version for leaf in _tracked(tree)] for root, tree in given.items()}
+    yield
+    for root, tree in given.items():
+        for name, leaf, version in zip(names(root, tree), _tracked(tree), before[root], strict=False):
+            if leaf._version != version:
+                raise ValueError(f"{who} changed {name} in place. Make a new tensor instead: x + 1, not x.add_(1).")
+
+
+def _tracked(tree: Tree) -> list[Tensor]:
+    # Tensors made under torch.inference_mode count no changes.
+    return [leaf for leaf in tensor_leaves(tree) if not leaf.is_inference()]
+
+
+def refuse_unknown_leaves(what: str, tree: Tree) -> None:
+    """Raise for containers that optree does not open, and complex tensors: both would be taken as constants."""
+    for accessor, leaf in zip(*optree.tree_flatten_with_accessor(tree)[:2], strict=True):
+        known = not leaf.is_complex() if isinstance(leaf, Tensor) else isinstance(leaf, int | float | str)
+        if not known:
+            raise ValueError(
+                f"{accessor.codify(what)} is {describe(leaf)}, which would be taken as a constant. Use real tensors in "
+                "dicts, lists, tuples and named tuples, for instance dict(...)."
+            )
 
 
 def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:

@@ -11,8 +11,19 @@ from metagrad._plan import Action, Drop, Load, Plan, Reverse, Run, Save
 from metagrad._progress import ticking
 from metagrad._store import Kept, Store
 from metagrad._tree import add, differentiable, floating_leaves, not_finite
-from metagrad._types import Batches, LinearStep, NonFiniteError, Pull, Pullback, Scalar, State, Term, Tree
-from metagrad._witness import Witness
+from metagrad._types import (
+    Batches,
+    LinearStep,
+    NonFiniteError,
+    Pull,
+    Pullback,
+    ReplayMismatchError,
+    Scalar,
+    State,
+    Term,
+    Tree,
+)
+from metagrad._witness import Witness, digests
 
 Terms = Callable[[State], Sequence[Term | None]]
 """For each of K metrics what it adds at a state, None where nothing."""
@@ -55,6 +66,9 @@ class Replay:
         last_pull: the last step's pullback, made by the forward run where the plan keeps the state it belongs to.
         evaluations: plain step evaluations so far.
         reversals: steps reversed so far.
+        unsaved: a state that is to be kept once its step has been evaluated, with what that found worth keeping.
+        extra: what was kept with the state in hand, when it was loaded.
+        batches_seen: the digest of each batch at its first reading.
     """
 
     step: LinearStep
@@ -71,6 +85,7 @@ class Replay:
     reversals: int = field(default=0, init=False)
     unsaved: State | None = field(default=None, init=False)
     extra: Tree = field(default=None, init=False)
+    batches_seen: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def forward(self, state: State) -> State:
         """The state after the last step, with what the plan asks for kept in the store."""
@@ -161,7 +176,7 @@ class Replay:
         else:
             # No graph between steps: each step is differentiated by its own pullback.
             with torch.no_grad():
-                new, extra = self.step.advance(state, self.batches[state.step], self.meta)
+                new, extra = self.step.advance(state, self._batch(state.step), self.meta)
         if self.unsaved is not None:
             self._save(extra)
         if self.witness is not None:
@@ -180,8 +195,18 @@ class Replay:
     def _linearize(self, state: State) -> tuple[State, Pull]:
         # Step 0 needs no cotangent of its own state unless the initial parameters are to have a gradient.
         wrt_state = self.wrt_params or state.step > 0
-        batch, extra = self.batches[state.step], self.extra
-        return self.step.vjp(state, batch, self.meta, wrt_state=wrt_state, kept=extra)
+        return self.step.vjp(state, self._batch(state.step), self.meta, wrt_state=wrt_state, kept=self.extra)
+
+    def _batch(self, step: int) -> Tree:
+        """The batch of a step, which must be the same at every reading."""
+        batch = self.batches[step]
+        new = digests(batch)
+        if not torch.equal(self.batches_seen.setdefault(step, new), new):
+            raise ReplayMismatchError(
+                f"the batch of step {step} is another than when it was read first. Draw batches once, before training, "
+                "for instance list(loader)."
+            )
+        return batch
 
 
 def _with_terms(progress: Progress, terms: Sequence[Term | None]) -> Progress:

@@ -1,7 +1,7 @@
 """A whole run, forward and back: at once, or in a folder that outlives the process."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -55,17 +55,20 @@ class Run:
         witness = Witness() if plan.cost.replayed > 0 else None
         return self._replay(plan, fitting_store(plan, store), witness, None)
 
-    def in_folder(self, terms: Terms, folder: str | os.PathLike[str], trial: Sequence[Term]) -> Outcome:
+    def in_folder(
+        self, terms: Terms, folder: str | os.PathLike[str], trial: Sequence[Term], marks: Mapping[str, Tree]
+    ) -> Outcome:
         """The run from where an earlier process left it in `folder`, which is told of every step.
 
         Args:
             trial: each metric at the initial state.
+            marks: what tells the metrics from others, by name.
 
         Raises:
             ResumeError: if the folder is not this run's, or damaged.
         """
-        marks = fingerprint(self.initial, self.batches, self.meta, trial, self.wrt_params)
-        journal = RunFolder(folder, marks, self.initial, self._nothing_reversed(trial), self.wrt_params)
+        prints = fingerprint(self.initial, self.batches, self.meta, marks, self.wrt_params)
+        journal = RunFolder(folder, prints, self.initial, self._nothing_reversed(trial), self.wrt_params)
         try:
             with _closing(journal.store):
                 plan = self._rest(journal)

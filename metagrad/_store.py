@@ -52,6 +52,15 @@ class Store(ABC):
         """Finish what is under way."""
 
 
+def refuse_second(step: int, kept: Collection[int]) -> None:
+    """Raise if a state of this step is kept already, by a run that is not walked back yet or was cut off."""
+    if step in kept:
+        raise ValueError(
+            f"the store already keeps a state of step {step}, of another run that is not finished. Give every run a "
+            "store of its own."
+        )
+
+
 class RamStore(Store):
     """States kept as they are, on the device they were computed on: steps are pure, so nothing is copied."""
 
@@ -60,6 +69,8 @@ class RamStore(Store):
         self._bytes = self._peak = 0
 
     def put(self, kept: Kept) -> None:
+        refuse_second(kept.state.step, self._kept)
+        self._peak = self._peak if self._kept else 0  # A store may serve one run after another.
         self._kept[kept.state.step] = kept
         self._bytes += num_bytes(kept)
         self._peak = max(self._peak, self._bytes)

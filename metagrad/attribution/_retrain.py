@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -85,7 +85,7 @@ def retrain(
     missing = [subset for subset in range(len(removed)) if subset not in found]
     try:
         with ticking("retrain", "subset", len(removed), progress, done=len(found)) as tick:
-            for subset, values in run.each(missing):
+            for subset, values in run.each(missing, None if folder is None else folder.close):
                 if folder is not None:
                     folder.keep(subset, values)
                 found[subset] = values
@@ -132,8 +132,8 @@ class Retraining:
             raise NonFiniteError(f"a metric is not finite after training without subset {subset}: {values.tolist()}.")
         return values
 
-    def each(self, subsets: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-        """Every subset with its values, in the order in which they are known."""
+    def each(self, subsets: Sequence[int], in_child: Callable[[], None] | None) -> Iterator[tuple[int, Tensor]]:
+        """Every subset with its values, in the order in which they are known; `in_child` is called in each process."""
         if self.processes == 1:
             yield from ((subset, self.values(subset)) for subset in subsets)
             return
@@ -143,7 +143,7 @@ class Retraining:
             for number in range(self.processes):
                 receiver, sender = context.Pipe(duplex=False)
                 worker: BaseProcess = context.Process(
-                    target=self._work, args=(subsets[number :: self.processes], sender), daemon=True
+                    target=self._work, args=(subsets[number :: self.processes], sender, in_child), daemon=True
                 )
                 worker.start()
                 sender.close()
@@ -154,7 +154,9 @@ class Retraining:
                 worker.terminate()
                 worker.join()
 
-    def _work(self, subsets: Sequence[int], sender: Connection) -> None:
+    def _work(self, subsets: Sequence[int], sender: Connection, in_child: Callable[[], None] | None) -> None:
+        if in_child is not None:
+            in_child()  # Or the folder would stay locked for as long as this process outlives a killed parent.
         # One thread: more would spin against those of the other processes, and OpenMP's do not survive a fork.
         torch.set_num_threads(1)
         try:
@@ -233,7 +235,7 @@ def _fingerprint(run: Retraining) -> Fingerprint:
     with torch.no_grad():
         first, _ = run.step.advance(initial, run.batches[0], run.meta_without(0))
     return {
-        **fingerprint(initial, run.batches, meta, run.objective.try_on(initial), wrt_params=False),
+        **fingerprint(initial, run.batches, meta, run.objective.marks(initial), wrt_params=False),
         "state after the first step": digest(first),
         "number of threads": str(torch.get_num_threads() if run.processes == 1 else 1),
     }
