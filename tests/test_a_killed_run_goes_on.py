@@ -107,6 +107,7 @@ def test_states_for_ram_stay_in_ram_after_a_kill(tmp_path):
     setup = Setup(mg.Hierarchical(3, 1))
     process = forked(mortal_run, setup, NUM_STEPS, tmp_path / "run", tmp_path / "results", Death("evaluation", 20))
     process.join()
-    # The rest of the plan wants no state on disk any more; each holds 5 kB of random numbers alone.
+    # The rest of the plan wants no state on disk any more. Each holds 5 kB of random numbers alone; how many there are
+    # depends on how many bookmarks the killed process had the time to write.
     stats = call(setup, NUM_STEPS, resume=tmp_path / "run").stats
-    assert process.exitcode == -9 and stats.ram_bytes > 3 * 5000
+    assert process.exitcode == -9 and stats.ram_bytes > 5000

@@ -103,8 +103,8 @@ OTHERS = {
     "another name in meta": ({"meta": {"weights": torch.ones(6), "lr": torch.tensor(1.0)}}, r"meta\['lr'\] was None"),
     "other batches": ({"batches": swapped_batches()}, r"batches\[0\] was"),
     "other parameters": ({"params": {"a": torch.ones(3, 5), "b": torch.ones(5)}}, r"state.params\['a'\] was"),
-    "another metric": ({"metric": corner}, "metric 0 on the initial state was"),
-    "more metrics": ({"metric": [corner, corner]}, "metric [01] on the initial state was"),
+    "another metric": ({"metric": corner}, "metric 0 was"),
+    "more metrics": ({"metric": [corner, corner]}, "metric [01] was"),
     "other gradients asked for": ({"wrt_params": False}, "wrt_params was True and is False"),
     "another optimizer": ({"step": mg.TrainStep(mg.weighted(loss), mg.optim.sgd(0.1))}, "state.optimizer.* was"),
     "another loss": (

@@ -64,7 +64,7 @@ def changing_batches():
     return {"batches": Changing([{"index": torch.arange(4) % NUM_EXAMPLES, "x": x, "y": y}] * NUM_STEPS)}
 
 
-STEPS = [counting, drawing_from_python, drawing_from_numpy, changing_batches]
+STEPS = [counting, drawing_from_python, drawing_from_numpy]
 
 
 @pytest.mark.parametrize("make", STEPS)
@@ -75,6 +75,15 @@ def test_a_step_that_does_not_repeat_itself_is_named(schedule, make, tmp_path):
     store = mg.DiskStore(tmp_path) if isinstance(schedule, mg.Hierarchical) else None
     with pytest.raises(mg.ReplayMismatchError, match=message):
         call(Setup(schedule), NUM_STEPS, **options, store=store)
+
+
+@pytest.mark.parametrize("schedule", [mg.EveryStep(), *SCHEDULES], ids=repr)
+def test_a_batch_that_is_another_when_read_again_is_named(schedule, tmp_path):
+    store = mg.DiskStore(tmp_path) if isinstance(schedule, mg.Hierarchical) else None
+    # With every state kept, the last step goes forward and back at one reading of its batch.
+    step = NUM_STEPS - 2 if isinstance(schedule, mg.EveryStep) else first_run_again(schedule)
+    with pytest.raises(mg.ReplayMismatchError, match=f"the batch of step {step} is another than when it was read"):
+        call(Setup(schedule), NUM_STEPS, **changing_batches(), store=store)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
