@@ -22,30 +22,29 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an
 @app.command()
 def run(
     experiment: Annotated[str, typer.Argument(help="Its name; `dpg list` shows them.")],
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: the preset's, or 0]")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/EXPERIMENT-SEED]")] = None,
-    generator: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")] = "embedded",
-    target: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")] = "embedded",
-    prompts: Annotated[str, typer.Option(help="Text or JSON-lines file, or a data set.")] = "embedded",
+    preset: Annotated[str, typer.Option(help="laptop, paper, or a YAML file as `preset.yaml` in a run folder.")] = (
+        "laptop"
+    ),
+    generator: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
+    target: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Text or JSON-lines file, or a data set.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     debug: Debug = False,
 ) -> None:
     """Run an experiment; writes figures, pictures, texts and the trained generator into a folder."""
-    from dataclasses import replace
-
-    from dpg.experiments import EXPERIMENTS
+    from dpg.preset import load, parse
     from dpg.run import run as run_experiment
 
-    if experiment not in EXPERIMENTS:
-        raise ValueError(f"there is no experiment {experiment!r}. Choose from: {', '.join(EXPERIMENTS)}.")
-    chosen = EXPERIMENTS[experiment]
-    settings = replace(chosen.settings, seed=seed, generator=generator, target=target, prompts=prompts)
-    settings = settings.override(set_ or [])
-    path = out or Path("runs") / f"{experiment}-{settings.seed}"
+    options = {"seed": seed, "generator": generator, "target": target, "prompts": prompts}
+    given = {key: value for key, value in options.items() if value is not None}
+    chosen = load(experiment, preset).changed({**given, **parse(set_ or [])})
+    path = out or Path("runs") / f"{experiment}-{chosen.settings.seed}"
     start = time.perf_counter()
     command = shlex.join(["dpg", *(argument for argument in sys.argv[1:] if argument != "--resume")])
-    run_experiment(chosen, settings, path, resume=resume, command=command)
+    run_experiment(chosen, path, resume=resume, command=command)
     print(f"finished in {time.perf_counter() - start:.0f} s: see {path / 'report.md'}")
 
 
@@ -57,8 +56,8 @@ def verify(
     """Fine-tune a fresh target on a run's data in the ordinary way, beside two controls."""
     from dpg.verify import verify as verify_run
 
-    for name, accuracy, num_pixels in verify_run(path):
-        print(f"{name:<24} {round(accuracy * num_pixels)}/{num_pixels}  ({100 * accuracy:.1f} %)")
+    for source, figures in verify_run(path):
+        print(f"{source:<24} {'  '.join(f'{name} {value:.6g}' for name, value in figures.items())}")
 
 
 @app.command("list")

@@ -39,7 +39,8 @@ class Display:
         """Bring the line up to date; print validations so that they stay."""
         self._tokens += record.num_tokens
         self._seconds += record.seconds
-        figures = [f"Φ {record.phi:.6f}", *(f"{_words(name)} {value:.3f}" for name, value in record.measures.items())]
+        figures = [] if record.phi is None else [f"Φ {record.phi:.6f}"]
+        figures += [f"{_words(name)} {value:.3f}" for name, value in record.measures.items()]
         if record.step > 0:
             figures += [f"reward spread {record.reward_std:.1e}", f"{self._tokens / self._seconds:.0f} tokens/s"]
         self._progress.update(self._task, completed=record.step, figures="  ".join(figures))

@@ -91,10 +91,13 @@ class RunFolder:
         self._replace("checkpoint.pt", content.getvalue())
 
     def record(self, record: Record) -> None:
-        """Add a line to `metrics.jsonl`."""
-        line = record._asdict() | record.measures
+        """Add a line to `metrics.jsonl`, and the texts of a validation to a file of their own."""
+        if record.texts is not None:
+            (self.path / "validation").mkdir(exist_ok=True)
+            self.write_texts(validation_file(record.step), record.texts)
+        line = {key: value for key, value in record._asdict().items() if key not in ("measures", "validation", "texts")}
+        line |= record.measures
         line |= {f"val/{name}": value for name, value in (record.validation or {}).items()}
-        line = {key: value for key, value in line.items() if key not in ("measures", "validation")}
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -138,3 +141,8 @@ class RunFolder:
         temporary = self.path / f"{name}.tmp"
         temporary.write_bytes(content)
         os.replace(temporary, self.path / name)
+
+
+def validation_file(step: int) -> str:
+    """Where a run folder has the fresh texts of a validated step."""
+    return f"validation/step-{step:06d}.jsonl"

@@ -18,9 +18,9 @@ from torch import Tensor
 import metagrad as mg
 from dpg.generator import Generator, Rollouts
 from dpg.grpo import GrpoConfig, group_advantages, kl_estimate, policy_loss
-from dpg.metrics import Params, TargetMetric
+from dpg.judge import Judge
 from dpg.records import Checkpoint, Record
-from dpg.reward import MetagradReward
+from dpg.reward import Reward
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class Validation:
 def train(
     generator: Generator,
     prompts: list[str],
-    reward: MetagradReward,
+    reward: Reward,
     config: GrpoConfig,
     *,
+    judge: Judge | None = None,
     validation: Validation | None = None,
     seed: int = 0,
     resume: Checkpoint | None = None,
@@ -63,6 +64,7 @@ def train(
         prompts: what it continues; `config.prompts_per_step` of them are drawn at each step.
         reward: how texts are scored.
         config: of GRPO.
+        judge: what training on texts comes to, for records and validations; None for the reward's own.
         validation: how to validate; None for never.
         seed: of everything random. Equal seeds give equal bits on one machine with one number of threads.
         resume: continue after this checkpoint instead of starting, with the same bits as an uninterrupted run.
@@ -70,36 +72,40 @@ def train(
             checkpoint. An exception it raises ends the run.
 
     Raises:
-        ValueError: for too few prompts.
+        ValueError: for too few prompts, or a validation that nobody judges.
         NonFiniteError: if a loss or reward is NaN or infinite, naming the GRPO step.
     """
     config.check(prompts)
+    judge = reward.judge if judge is None else judge
+    if validation is not None and judge is None:
+        raise ValueError(f"{type(reward).__name__} trains no target to validate with. Pass `judge`.")
     policy = Policy.of(generator, config)
-    devices = [generator.model.device.index] if generator.model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # The caller's random numbers are left as they were.
+    with torch.random.fork_rng(_devices(generator)):  # The caller's random numbers are left as they were.
         torch.manual_seed(seed)
         if resume is not None:
             policy.restore(resume)
         elif validation is not None:
-            figures = validate(generator, reward, validation, seed, step=0)
-            start = Record(0, figures["phi"], 0.0, 0.0, 0, 0.0, {}, figures)
+            figures, texts = validate(generator, judge, validation, seed, step=0)
+            start = Record(0, figures["phi"], 0.0, 0.0, 0, 0.0, {}, figures, texts)
             on_step(start, partial(policy.checkpoint, 0))
 
         for step in range(1 if resume is None else resume.step + 1, config.num_steps + 1):
-            record = grpo_step(policy, prompts, reward, step)
+            record = grpo_step(policy, prompts, reward, judge, step)
             if validation is not None and (step % validation.every == 0 or step == config.num_steps):
-                record = record._replace(validation=validate(generator, reward, validation, seed, step))
+                figures, texts = validate(generator, judge, validation, seed, step)
+                record = record._replace(validation=figures, texts=texts)
             on_step(record, partial(policy.checkpoint, step))
 
 
-def grpo_step(policy: "Policy", prompts: list[str], reward: MetagradReward, step: int) -> Record:
+def grpo_step(policy: "Policy", prompts: list[str], reward: Reward, judge: Judge | None, step: int) -> Record:
     """Write texts, score them, improve the policy."""
     start, config = perf_counter(), policy.config
     chosen = torch.randperm(len(prompts))[: config.prompts_per_step]
     try:
         rollouts = policy.generator.sample([prompts[i] for i in chosen.tolist()], config.group_size)
         scores = reward.score(rollouts.texts, config.group_size)
-        grouped = rearrange(scores.rewards, "(prompts group) -> prompts group", group=config.group_size)
+        size = len(rollouts.texts) if reward.groupless else config.group_size
+        grouped = rearrange(scores.rewards, "(groups texts) -> groups texts", texts=size)
         advantages = group_advantages(grouped, normalize=config.normalize_groups).flatten()
         kl = policy.improve(rollouts, advantages.to(rollouts.token_ids.device), config.learning_rate_at(step))
     except mg.NonFiniteError as error:
@@ -111,8 +117,9 @@ def grpo_step(policy: "Policy", prompts: list[str], reward: MetagradReward, step
         seconds=perf_counter() - start,
         num_tokens=int(rollouts.token_mask.sum()),
         kl=kl,
-        measures=measures(reward, scores.params),
+        measures={} if judge is None or scores.params is None else judge.measures(scores.params, rollouts.texts),
         validation=None,
+        texts=None,
     )
 
 
@@ -178,13 +185,13 @@ class Policy:
 
 
 def validate(
-    generator: Generator, reward: MetagradReward, validation: Validation, seed: int, step: int
-) -> dict[str, float]:
-    """Φ and the readable figures of a target trained on fresh texts. Leaves the run's random numbers alone."""
-    with torch.random.fork_rng(devices=[]):
+    generator: Generator, judge: Judge, validation: Validation, seed: int, step: int
+) -> tuple[dict[str, float], list[str]]:
+    """Φ and the figures of a target trained on fresh texts, and the texts. Leaves the run's random numbers alone."""
+    with torch.random.fork_rng(devices=_devices(generator)):
         torch.manual_seed(1_000_003 * (seed + 1) + step)
-        params = reward.target.fine_tune(write(generator, validation.prompts, validation.num_texts))
-    return {"phi": reward.phi(params), **measures(reward, params)}
+        texts = write(generator, validation.prompts, validation.num_texts)
+        return judge.trial(texts), texts
 
 
 def write(generator: Generator, prompts: list[str], num_texts: int, batch_size: int = 256) -> list[str]:
@@ -196,7 +203,7 @@ def write(generator: Generator, prompts: list[str], num_texts: int, batch_size: 
     return texts
 
 
-def measures(reward: MetagradReward, params: Params) -> dict[str, float]:
-    """The metric's readable figures of trained parameters; none for a metric that is a plain function."""
-    metric = reward.metric
-    return metric.measure(reward.target.model, params) if isinstance(metric, TargetMetric) else {}
+def _devices(generator: Generator) -> list[int]:
+    """The devices besides the CPU whose random numbers the generator draws."""
+    device = generator.model.device
+    return [torch.cuda.current_device() if device.index is None else device.index] if device.type == "cuda" else []

@@ -3,29 +3,61 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Params: TypeAlias = dict[str, Tensor]
 ParamsMetric: TypeAlias = Callable[[Params], Float[Tensor, ""]]
 
 
+class Bound(NamedTuple):
+    """A metric of one model.
+
+    Attributes:
+        phi: Φ of the trained parameters, differentiable.
+        measure: readable figures of the trained parameters, by name.
+    """
+
+    phi: ParamsMetric
+    measure: Callable[[Params], dict[str, float]]
+
+
 class TargetMetric(ABC):
-    """A metric that looks at the target model before it is trained."""
+    """A metric that looks at the target before it is trained, and has figures a person reads."""
 
     @abstractmethod
-    def bind(self, model: PreTrainedModel) -> ParamsMetric:
-        """Φ as a function of the trained parameters of `model`."""
+    def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bound:
+        """The metric of the trained parameters of `model`.
 
-    @abstractmethod
-    def measure(self, model: PreTrainedModel, params: Params) -> dict[str, float]:
-        """Readable figures of the trained `params`, by name."""
+        Raises:
+            ValueError: if it does not fit the model, before anything is trained.
+        """
+
+
+def bind(metric: TargetMetric | ParamsMetric, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bound:
+    """Any metric, bound to a target; a plain function has no figures but Φ.
+
+    Raises:
+        ValueError: if it does not fit the model, is no scalar, or does not depend on the trained parameters.
+    """
+    bound = metric.bind(model, tokenizer) if isinstance(metric, TargetMetric) else Bound(metric, lambda params: {})
+    with torch.enable_grad():
+        value = bound.phi({name: p.detach().requires_grad_() for name, p in model.named_parameters()})
+    if not isinstance(value, Tensor) or value.ndim != 0:
+        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
+        raise ValueError(f"the metric returned {given}. Return a scalar tensor: one number, higher is better.")
+    if not value.requires_grad:
+        raise ValueError(
+            "the metric does not depend on the trained parameters, so no text could change it. Compute it from the "
+            "tensors in `params` (not from the model's own, and without `.item()`, `.detach()` or `no_grad`)."
+        )
+    return bound
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +72,7 @@ class WeightPattern(TargetMetric):
         image: +1 (white, the weight must rise) and −1 (black), shape (rows, columns).
         offset: first hidden dimension and first token id of the patch.
         strength: sharpness of the softplus, per unit of weight.
+        reading: further figures of the signs of ΔW, for instance whether a code can be scanned.
 
     Raises:
         ValueError: if the image holds anything but ±1. `bind` raises it for a tied head, or one too small.
@@ -48,6 +81,7 @@ class WeightPattern(TargetMetric):
     image: Float[Tensor, "rows columns"]
     offset: tuple[int, int] = (0, 0)
     strength: float = 20.0
+    reading: Callable[[Float[Tensor, "rows columns"]], dict[str, float]] = lambda signs: {}
 
     def __post_init__(self) -> None:
         if not isinstance(self.image, Tensor) or self.image.ndim != 2 or self.image.numel() == 0:
@@ -59,7 +93,7 @@ class WeightPattern(TargetMetric):
         if min(self.offset) < 0:
             raise ValueError(f"`offset` is {self.offset}. Pass two numbers of at least 0.")
 
-    def bind(self, model: PreTrainedModel) -> ParamsMetric:
+    def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bound:
         name = head_name(model)
         initial = self._patch(_checked_head(model, self)).detach().clone()
         image = self.image.to(initial)
@@ -67,14 +101,15 @@ class WeightPattern(TargetMetric):
         def phi(params: Params) -> Float[Tensor, ""]:
             return -F.softplus(-self.strength * image * (self._patch(params[name]) - initial)).mean()
 
-        return phi
+        def measure(params: Params) -> dict[str, float]:
+            update = (self._patch(params[name]) - initial).detach()
+            return {"pixel_accuracy": pixel_accuracy(update, image), **self.reading(torch.sign(update))}
+
+        return Bound(phi, measure)
 
     def update(self, model: PreTrainedModel, params: Params) -> Float[Tensor, "rows columns"]:
         """ΔW at the patch, in the layout of the image."""
         return (self._patch(params[head_name(model)]) - self._patch(head(model))).detach()
-
-    def measure(self, model: PreTrainedModel, params: Params) -> dict[str, float]:
-        return {"pixel_accuracy": pixel_accuracy(self.update(model, params), self.image)}
 
     def _patch(self, weight: Float[Tensor, "vocabulary hidden"]) -> Float[Tensor, "rows columns"]:
         (row, column), (rows, columns) = self.offset, self.image.shape

@@ -1,8 +1,11 @@
-"""Every number that decides a run, in one flat place: what `--set` changes and `config.json` holds."""
+"""Every number that decides a run but the goal's own, in one flat place: what presets and `--set` change."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
+
+REWARDS = ("metagradient", "naive", "shuffled", "random", "edit-distance", "embedding", "identifier")
+TRACKERS = ("none", "tensorboard", "trackio", "wandb")
 
 
 @dataclass(frozen=True)
@@ -13,36 +16,51 @@ class Settings:
         generator, target: a folder in Hugging Face format, a hub name, or "embedded" for the models of the package.
         prompts: a text file (one prompt a line), a JSON-lines file or hub data set with a `prompt` or `text` column, or
             "embedded" for held-out passages of the standard library's documentation.
+        device: where both models live, as torch names it.
         seed: of everything random.
-        inner_*: the target's training; `inner_lr`, `inner_eps_root` and so on are those of `metagrad.optim.adamw`.
+        reward: how texts are scored. "metagradient" is the method; "naive", "edit-distance", "embedding" and
+            "identifier" are what it is compared with, "shuffled" (metagradients dealt at random) and "random" controls.
+        inner_*: the target's training; `inner_lr`, `inner_eps_root` and so on are those of `metagrad.optim.adamw`, or
+            `inner_lr` alone is that of `metagrad.optim.sgd`.
+        untie_head: give the target a head of its own if it is tied to the embedding.
         dataset_texts: texts written at the end, and the size of each control of `dpg verify`.
         checkpoint_every: GRPO steps between checkpoints.
+        track: where figures are shown besides `metrics.jsonl`.
         The others: see `Generator`, `Target`, `GrpoConfig` and `Validation`.
+
+    Raises:
+        ValueError: for a value that cannot work.
     """
 
     generator: str = "embedded"
     target: str = "embedded"
     prompts: str = "embedded"
+    device: str = "cpu"
     seed: int = 0
+    reward: str = "metagradient"
+    cross_group: bool = True
     max_prompt_tokens: int = 8
     max_new_tokens: int = 32
     temperature: float = 1.0
+    inner_optimizer: str = "adamw"
     inner_lr: float = 1e-4
     inner_beta1: float = 0.9
     inner_beta2: float = 0.95
     inner_eps: float = 1e-8
     inner_eps_root: float = 1e-3
     inner_weight_decay: float = 0.0
+    inner_clip_norm: float | None = None
     inner_batch_size: int = 256
+    inner_microbatch_size: int | None = None
+    untie_head: bool = False
     sequence_length: int = 48
+    loss_denominator: float | None = None
     train_eos: bool = True
-    strength: float = 2e5
-    cross_group: bool = True
     num_steps: int = 70
     prompts_per_step: int = 64
     group_size: int = 4
     learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-4
+    final_learning_rate: float | None = 1e-4
     updates_per_step: int = 4
     clip_range: float = 0.2
     kl_coefficient: float = 0.03
@@ -52,6 +70,7 @@ class Settings:
     validate_every: int = 10
     dataset_texts: int = 1024
     checkpoint_every: int = 5
+    track: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("dataset_texts", "checkpoint_every"):
@@ -60,38 +79,17 @@ class Settings:
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}. Pass 0 or more.")
         for name in ("inner_lr", "learning_rate", "final_learning_rate", "clip_range", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}. Pass a number above 0.")
-        for name in ("inner_eps", "inner_weight_decay", "kl_coefficient"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}. Pass a number above 0.")
+        for name in ("inner_eps", "inner_eps_root", "inner_weight_decay", "kl_coefficient"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}. Pass a number of at least 0.")
-
-    def override(self, assignments: list[str]) -> "Settings":
-        """These settings with `key=value` assignments applied.
-
-        Raises:
-            ValueError: for an unknown key or a value of the wrong type.
-        """
-        types = {field.name: type(getattr(self, field.name)) for field in fields(self)}
-        changes: dict[str, Any] = {}
-        for assignment in assignments:
-            key, equals, text = assignment.partition("=")
-            if not equals or key not in types:
-                raise ValueError(f"--set {assignment}: expected key=value with one of the keys {', '.join(types)}.")
-            try:
-                changes[key] = _parse(text, types[key])
-            except ValueError:
-                raise ValueError(f"--set {assignment}: {key} must be of type {types[key].__name__}.") from None
-        return replace(self, **changes)
+        choices = {"reward": REWARDS, "inner_optimizer": ("adamw", "sgd"), "track": TRACKERS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}. Choose from: {', '.join(allowed)}.")
 
     def as_dict(self) -> dict[str, Any]:
         """The settings by name."""
         return asdict(self)
-
-
-def _parse(text: str, kind: type) -> Any:
-    if kind is not bool:
-        return kind(text)
-    if text.lower() not in ("true", "false"):
-        raise ValueError(text)
-    return text.lower() == "true"

@@ -1,17 +1,17 @@
 """Proof that the data does it: an ordinary fine-tune of a fresh target, with nothing of this project's mathematics.
 
-Plain `torch.optim.AdamW`, the model's own loss, shuffled batches, one pass. No import of metagrad, direct or indirect.
+Plain `torch.optim`, the model's own loss, shuffled batches, one pass. No import of metagrad, direct or indirect.
 """
 
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dpg.experiments import EXPERIMENTS
 from dpg.folder import RunFolder, RunFolderError
-from dpg.metrics import WeightPattern
+from dpg.metrics import bind
+from dpg.preset import Preset, restore
 from dpg.settings import Settings
 from dpg.text import encode, rows
 
@@ -23,11 +23,10 @@ SOURCES = {
 
 
 class Verdict(NamedTuple):
-    """The pixel accuracy that one source of texts leaves in a freshly loaded target."""
+    """The figures of a freshly loaded target that was fine-tuned on one source of texts, and of the texts."""
 
     source: str
-    pixel_accuracy: float
-    num_pixels: int
+    figures: dict[str, float]
 
 
 def verify(path: Path) -> list[Verdict]:
@@ -37,26 +36,28 @@ def verify(path: Path) -> list[Verdict]:
         RunFolderError: if the run in `path` is not finished.
     """
     folder = RunFolder(path)
-    config = folder.read_config()
-    settings = Settings(**{key: value for key, value in config.items() if key in Settings.__dataclass_fields__})
-    metric = EXPERIMENTS[config["experiment"]].metric(settings)
-    if not (path / "target" / "model.safetensors").exists():
-        raise RunFolderError(f"{path} holds no target/ with its weights. It was changed; start a new run.")
+    preset = restore(folder.read_config())
     texts = {name: folder.read_texts(file) for name, file in SOURCES.items()}
-    verdicts = [
-        Verdict(name, fine_tuned_accuracy(path / "target", texts[name], metric, settings), metric.image.numel())
-        for name in texts
-    ]
-    folder.write_json("verify.json", [verdict._asdict() for verdict in verdicts])
+    verdicts = [Verdict(name, ordinary_trial(path, texts[name], preset)) for name in texts]
+    folder.write_json("verify.json", [{"source": verdict.source, **verdict.figures} for verdict in verdicts])
     return verdicts
 
 
-def fine_tuned_accuracy(target: Path, texts: list[str], metric: WeightPattern, settings: Settings) -> float:
-    """Pixel accuracy of the LM head's update after one ordinary epoch on `texts`."""
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    data = encode(texts, AutoTokenizer.from_pretrained(target), settings.sequence_length, train_eos=settings.train_eos)
-    untrained = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.inner_lr)
+def ordinary_trial(path: Path, texts: list[str], preset: Preset) -> dict[str, float]:
+    """Φ and the figures of the target of a run folder after one ordinary epoch on `texts`."""
+    tokenizer = AutoTokenizer.from_pretrained(fresh_target(path))
+    bound = bind(preset.experiment.metric(), load(path), tokenizer)
+    trained = dict(fine_tuned(path, texts, preset.settings).named_parameters())
+    with torch.no_grad():
+        phi = float(bound.phi(trained))
+        return {"phi": phi, **bound.measure(trained), **preset.experiment.measure_texts(texts)}
+
+
+def fine_tuned(path: Path, texts: list[str], settings: Settings) -> PreTrainedModel:
+    """The target of a run folder after one ordinary epoch on `texts`."""
+    model, tokenizer = load(path), AutoTokenizer.from_pretrained(fresh_target(path))
+    data = encode(texts, tokenizer, settings.sequence_length, train_eos=settings.train_eos)
+    optimizer = ordinary_optimizer(model, settings)
     model.eval()  # As in the run: no dropout.
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed))
     for chosen in order.split(settings.inner_batch_size):
@@ -65,4 +66,27 @@ def fine_tuned_accuracy(target: Path, texts: list[str], metric: WeightPattern, s
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    return metric.measure(untrained, dict(model.named_parameters()))["pixel_accuracy"]
+    return model
+
+
+def ordinary_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Optimizer:
+    """Torch's own optimizer with the run's learning rate and weight decay, and otherwise as people use it."""
+    if settings.inner_optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=settings.inner_lr)
+    return torch.optim.AdamW(model.parameters(), lr=settings.inner_lr, weight_decay=settings.inner_weight_decay)
+
+
+def load(path: Path) -> PreTrainedModel:
+    """The target of a run folder, as it was before the run."""
+    return AutoModelForCausalLM.from_pretrained(fresh_target(path), dtype=torch.float32)
+
+
+def fresh_target(path: Path) -> Path:
+    """The folder of the target of a run.
+
+    Raises:
+        RunFolderError: if it is not there.
+    """
+    if not (path / "target" / "model.safetensors").exists():
+        raise RunFolderError(f"{path} holds no target/ with its weights. It was changed; start a new run.")
+    return path / "target"

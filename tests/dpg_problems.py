@@ -1,7 +1,6 @@
 """Small language models in float64 whose every token is one letter, and what a student's for-loop makes of them."""
 
 import copy
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,10 +18,9 @@ from transformers import (
 )
 
 import metagrad as mg
-from dpg.experiments import EXPERIMENTS
 from dpg.generator import Generator, Rollouts
+from dpg.preset import Preset, load
 from dpg.run import run
-from dpg.settings import Settings
 from dpg.target import Target
 
 LETTERS = "abcdefghijk"
@@ -162,13 +160,14 @@ def prompt_file(folder: Path) -> Path:
     return path
 
 
-def tiny_settings(folder: Path, **changes: object) -> Settings:
-    """Settings of a tiny run with its prompts in `folder`."""
-    settings = EXPERIMENTS["sixseven"].settings
-    return replace(settings, **{"prompts": str(prompt_file(folder)), **TINY_RUN, **changes})
+def tiny_preset(folder: Path, experiment: str = "sixseven", **changes: object) -> Preset:
+    """A tiny run with its prompts in `folder`."""
+    return load(experiment).changed({"prompts": str(prompt_file(folder)), **TINY_RUN, **changes})
 
 
-def tiny_run(folder: Path, name: str = "run", *, resume: bool = False, **changes: object) -> Path:
+def tiny_run(
+    folder: Path, name: str = "run", *, experiment: str = "sixseven", resume: bool = False, **changes: object
+) -> Path:
     """A run in `folder / name`."""
-    run(EXPERIMENTS["sixseven"], tiny_settings(folder, **changes), folder / name, resume=resume, command="dpg run tiny")
+    run(tiny_preset(folder, experiment, **changes), folder / name, resume=resume, command="dpg run tiny")
     return folder / name

@@ -63,7 +63,7 @@ def test_a_run_and_its_verification(tmp_path, call):
     assert (status, errors) == (0, []) and len(output) == 3
     verdicts = json.loads((tmp_path / "run" / "verify.json").read_text())
     for line, verdict in zip(output, verdicts, strict=True):
-        assert line.startswith(verdict["source"]) and f"{round(42 * verdict['pixel_accuracy'])}/42" in line
+        assert line.startswith(verdict["source"]) and f"pixel_accuracy {verdict['pixel_accuracy']:.6g}" in line
 
 
 def test_list_names_every_experiment(call):
@@ -79,7 +79,7 @@ def test_an_unknown_experiment(refused):
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("num_stepz=3", "expected key=value with one of the keys generator, target"),
+        ("num_stepz=3", "sixseven has no setting 'num_stepz'. Did you mean num_steps"),
         ("num_steps", "expected key=value"),
         ("num_steps=many", "num_steps must be of type int"),
         ("num_steps=2.5", "num_steps must be of type int"),
@@ -89,7 +89,7 @@ def test_an_unknown_experiment(refused):
 )
 def test_a_bad_setting(tmp_path, refused, assignment, message):
     line = refused(*tiny(tmp_path, "--set", assignment))
-    assert f"--set {assignment}" in line and message in line
+    assert message in line
     assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dpg import corpus, pretrain
-from dpg.run import MODELS
+from dpg.build import MODELS
 from dpg.target import load_model
 
 

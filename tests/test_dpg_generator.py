@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from dpg.build import MODELS as PUBLISHED
 from dpg.generator import Generator
-from dpg.run import MODELS as PUBLISHED
 from dpg.target import load_model
 
 PROMPTS = ["abcde", "k", "hg", "fff"]

@@ -49,20 +49,24 @@ def test_the_patch_is_tokens_by_hidden_dimensions_transposed(offset):
 def test_phi_is_the_loop_over_pixels(offset, strength):
     model = gpt2()
     params, step = moved(model)
-    value = float(WeightPattern(IMAGE, offset, strength).bind(model)(params))
+    value = float(WeightPattern(IMAGE, offset, strength).bind(model, letters()).phi(params))
     assert value == pytest.approx(phi_by_hand(step, IMAGE, offset, strength), rel=1e-12)
 
 
 def test_phi_of_a_target_that_did_not_move():
     model = gpt2()
-    assert float(WeightPattern(IMAGE).bind(model)(parameters(model))) == pytest.approx(-math.log(2), rel=1e-15)
+    assert float(WeightPattern(IMAGE).bind(model, letters()).phi(parameters(model))) == pytest.approx(
+        -math.log(2), rel=1e-15
+    )
 
 
 def test_phi_has_its_closed_form_gradient():
     model = gpt2()
     params, step = moved(model)
     params[HEAD].requires_grad_()
-    (gradient,) = torch.autograd.grad(WeightPattern(IMAGE, (3, 5), 7.0).bind(model)(params), params[HEAD])
+    (gradient,) = torch.autograd.grad(
+        WeightPattern(IMAGE, (3, 5), 7.0).bind(model, letters()).phi(params), params[HEAD]
+    )
     wanted = torch.zeros_like(gradient)
     for r in range(2):
         for c in range(3):
@@ -75,7 +79,7 @@ def test_phi_has_its_closed_form_gradient():
 def test_phi_compares_with_the_model_as_it_was_when_bound():
     model = gpt2()
     params, step = moved(model)
-    phi = WeightPattern(IMAGE).bind(model)
+    phi = WeightPattern(IMAGE).bind(model, letters()).phi
     with torch.no_grad():
         model.lm_head.weight.zero_()
     assert float(phi(params)) == pytest.approx(phi_by_hand(step, IMAGE, (0, 0), 20.0), rel=1e-12)
@@ -85,14 +89,14 @@ def test_a_weight_that_did_not_move_is_a_wrong_pixel():
     update = torch.tensor([[2.0, 0.0, -1.0], [-0.0, -3.0, 1e-300]])  # right, unmoved, wrong, unmoved, right, right
     assert pixel_accuracy(update, IMAGE) == 3 / 6
     model = gpt2()
-    assert WeightPattern(IMAGE).measure(model, parameters(model)) == {"pixel_accuracy": 0.0}
+    assert WeightPattern(IMAGE).bind(model, letters()).measure(parameters(model)) == {"pixel_accuracy": 0.0}
 
 
 def test_accuracy_counts_signs():
     model = gpt2()
     params, step = moved(model)
     right = sum((float(step[9 + c, 6 + r]) > 0) == (float(IMAGE[r, c]) > 0) for r in range(2) for c in range(3))
-    assert WeightPattern(IMAGE, (6, 9)).measure(model, params) == {"pixel_accuracy": right / 6}
+    assert WeightPattern(IMAGE, (6, 9)).bind(model, letters()).measure(params) == {"pixel_accuracy": right / 6}
 
 
 @pytest.mark.parametrize("image", [torch.zeros(2, 2), torch.tensor([[1.0, 0.5]]), torch.tensor([[math.nan]])])
@@ -118,13 +122,13 @@ def test_a_pattern_larger_than_the_head_is_refused_with_its_numbers(shape, offse
 
 def test_a_pattern_that_just_fits():
     model = gpt2()
-    WeightPattern(torch.ones(8, 12)).bind(model)
-    WeightPattern(IMAGE, (6, 9)).bind(model)
+    WeightPattern(torch.ones(8, 12)).bind(model, letters())
+    WeightPattern(IMAGE, (6, 9)).bind(model, letters())
 
 
 def test_a_tied_head_is_refused_with_advice_that_can_be_followed():
     with pytest.raises(ValueError, match="is tied to its embedding") as caught:
-        WeightPattern(IMAGE).bind(gpt2(tied=True))
+        WeightPattern(IMAGE).bind(gpt2(tied=True), letters())
     named = re.findall(r"dpg\.(\w+)((?:\.\w+)*)", str(caught.value))
     assert named
     for name, attributes in named:

@@ -17,9 +17,9 @@ from dpg_problems import (
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import metagrad as mg
+from dpg.build import MODELS
 from dpg.metrics import WeightPattern
 from dpg.reward import MetagradReward
-from dpg.run import MODELS
 from dpg.target import Target, load_model, untie_head
 
 IMAGE = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])

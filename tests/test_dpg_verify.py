@@ -2,11 +2,11 @@
 
 import ast
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpg
 import metagrad
-from dpg.settings import Settings
-from dpg.verify import SOURCES, fine_tuned_accuracy, verify
+from dpg.preset import restore
+from dpg.verify import SOURCES, fine_tuned, verify
 
 ROOT = Path(dpg.__file__).parent
 IMAGE = ["###.###", "#...#.#", "###...#", "#.#..#.", "#.#..#.", "###..#."]
@@ -32,7 +32,7 @@ def change_by_hand(path, texts, config):
     tokenizer = AutoTokenizer.from_pretrained(path / "target")
     model = AutoModelForCausalLM.from_pretrained(path / "target", dtype=torch.float32).eval()
     before = model.lm_head.weight.detach().clone()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config["inner_lr"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["inner_lr"], weight_decay=0.0)
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(config["seed"])).tolist()
     size = config["inner_batch_size"]
     for start in range(0, len(texts), size):
@@ -54,31 +54,37 @@ def accuracy_by_hand(change):
     return sum(float(change[c, r]) * (1 if IMAGE[r][c] == "#" else -1) > 0 for r, c in pixels) / 42
 
 
+def phi_by_hand(change, strength):
+    """Φ, pixel by pixel."""
+    pixels = [(r, c) for r in range(6) for c in range(7)]
+    margins = [strength * float(change[c, r]) * (1 if IMAGE[r][c] == "#" else -1) for r, c in pixels]
+    return -sum(math.log1p(math.exp(-margin)) if margin > -30 else -margin for margin in margins) / 42
+
+
 def test_the_accuracy_is_that_of_a_hand_written_fine_tune(finished):
     config = json.loads((finished / "config.json").read_text())
     verdicts = verify(finished)
     assert [verdict.source for verdict in verdicts] == list(SOURCES) and len(verdicts) == 3
     for verdict in verdicts:
         texts = [json.loads(line)["text"] for line in (finished / SOURCES[verdict.source]).read_text().splitlines()]
-        assert verdict.num_pixels == 42
-        assert verdict.pixel_accuracy == pytest.approx(
-            accuracy_by_hand(change_by_hand(finished, texts, config)), abs=1e-12
-        )
+        change = change_by_hand(finished, texts, config)
+        assert verdict.figures["pixel_accuracy"] == pytest.approx(accuracy_by_hand(change), abs=1e-12)
+        assert verdict.figures["phi"] == pytest.approx(phi_by_hand(change, config["strength"]), rel=1e-3)
     written = json.loads((finished / "verify.json").read_text())
-    assert written == [verdict._asdict() for verdict in verdicts]
+    assert written == [{"source": verdict.source, **verdict.figures} for verdict in verdicts]
 
 
 def test_the_fine_tune_is_the_hand_written_one_in_size_too(finished):
     config = json.loads((finished / "config.json").read_text())
-    settings = Settings(**{key: value for key, value in config.items() if key in Settings.__dataclass_fields__})
     texts = [json.loads(line)["text"] for line in (finished / "dataset.jsonl").read_text().splitlines()]
-
-    def measure(untrained, params):
-        change, wanted = params["lm_head.weight"] - untrained.lm_head.weight, change_by_hand(finished, texts, config)
-        return {"pixel_accuracy": ((change - wanted).norm() / wanted.norm()).item()}
-
+    untrained = AutoModelForCausalLM.from_pretrained(finished / "target", dtype=torch.float32)
+    trained = fine_tuned(finished, texts, restore(config).settings)
+    change, wanted = (
+        (trained.lm_head.weight - untrained.lm_head.weight).detach(),
+        change_by_hand(finished, texts, config),
+    )
     # float32: Adam turns rounding into whole steps where a gradient is no more than rounding.
-    assert fine_tuned_accuracy(finished / "target", texts, SimpleNamespace(measure=measure), settings) < 1e-3
+    assert float((change - wanted).norm() / wanted.norm()) < 1e-3
 
 
 def test_verify_runs_without_metagrad(finished):

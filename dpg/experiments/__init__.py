@@ -1,6 +1,6 @@
 """The experiments that `dpg run` knows, by name."""
 
-from dpg.experiments import sixseven
 from dpg.experiments.experiment import Experiment
+from dpg.experiments.sixseven import SixSeven
 
-EXPERIMENTS: dict[str, Experiment] = {experiment.name: experiment for experiment in (sixseven.EXPERIMENT,)}
+EXPERIMENTS: dict[str, type[Experiment]] = {experiment.name: experiment for experiment in (SixSeven,)}

@@ -1,24 +1,46 @@
-"""What an experiment is: a name, a goal, settings, and a pattern for the target's weights."""
+"""What an experiment is: a goal for the target, in one value whose fields are options of the command line."""
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from dpg.metrics import WeightPattern
-from dpg.settings import Settings
+from jaxtyping import Float
+from torch import Tensor
+
+from dpg.metrics import ParamsMetric, TargetMetric
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """One thing to teach a target model by data alone.
+class Experiment(ABC):
+    """One thing to teach a target model by data alone. Fields of a subclass are options for `--set` and presets.
 
-    Args:
+    Attributes:
         name: as given to `dpg run`.
         goal: one line for `dpg list`.
-        settings: the defaults.
-        metric: Φ for given settings.
+        figure: the figure that says how far a run came; higher is better.
     """
 
-    name: str
-    goal: str
-    settings: Settings
-    metric: Callable[[Settings], WeightPattern]
+    name: ClassVar[str]
+    goal: ClassVar[str]
+    figure: ClassVar[str] = "phi"
+
+    @abstractmethod
+    def metric(self) -> TargetMetric | ParamsMetric:
+        """Φ.
+
+        Raises:
+            ValueError: for options that cannot work.
+        """
+
+    def measure_texts(self, texts: list[str]) -> dict[str, float]:
+        """Figures of the texts themselves, by name."""
+        return {}
+
+    def wanted(self) -> list[str]:
+        """Texts like those the generator would best write, for the rewards that compare with them; none if unknown."""
+        return []
+
+    def likenesses(self) -> Mapping[str, Callable[[list[str]], Float[Tensor, " texts"]]]:
+        """Rewards of this experiment's own that train no target, by name."""
+        return {}

@@ -1,0 +1,140 @@
+"""From settings to the models, the reward and the prompts of a run, checked to fit together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import metagrad as mg
+from dpg import baselines, corpus
+from dpg.experiments.experiment import Experiment
+from dpg.generator import Generator
+from dpg.grpo import GrpoConfig
+from dpg.judge import Judge
+from dpg.loop import Validation
+from dpg.preset import Preset
+from dpg.prompts import read_prompts
+from dpg.reward import MetagradReward, Reward
+from dpg.settings import Settings
+from dpg.target import Target, load_model
+
+MODELS = Path(__file__).parent / "models"
+NUM_VALIDATION_PROMPTS = 256
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    generator: Generator
+    judge: Judge
+    reward: Reward
+    prompts: list[str]
+    validation: Validation
+    config: GrpoConfig
+
+
+def build(preset: Preset) -> Parts:
+    """Load models and prompts.
+
+    Raises:
+        ValueError: if something is not there, or does not fit.
+    """
+    experiment, settings = preset.experiment, preset.settings
+    prompts = corpus.held_out() if settings.prompts == "embedded" else read_prompts(settings.prompts)
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
+    shuffled = [prompts[i] for i in order]
+    num_validation = min(NUM_VALIDATION_PROMPTS, max(len(prompts) // 5, 1))
+    config = _grpo(settings)
+    config.check(shuffled[num_validation:])
+    judge = Judge(_target(settings), experiment.metric(), experiment.measure_texts)
+    return Parts(
+        _generator(settings),
+        judge,
+        _reward(settings, experiment, judge),
+        shuffled[num_validation:],
+        Validation(shuffled[:num_validation], settings.validation_texts, settings.validate_every),
+        config,
+    )
+
+
+def _generator(settings: Settings) -> Generator:
+    model, tokenizer = load_model(_source(settings.generator, "generator"))
+    return Generator(
+        model.to(settings.device), tokenizer, settings.max_prompt_tokens, settings.max_new_tokens, settings.temperature
+    )
+
+
+def _target(settings: Settings) -> Target:
+    model, tokenizer = load_model(_source(settings.target, "target"), untie=settings.untie_head)
+    return Target(
+        model.to(settings.device),
+        tokenizer,
+        _optimizer(settings),
+        inner_batch_size=settings.inner_batch_size,
+        sequence_length=settings.sequence_length,
+        train_eos=settings.train_eos,
+        loss_denominator=settings.loss_denominator,
+        microbatch_size=settings.inner_microbatch_size,
+        clip_norm=settings.inner_clip_norm,
+    )
+
+
+def _optimizer(settings: Settings) -> mg.optim.GradientTransformation:
+    if settings.inner_optimizer == "sgd":
+        return mg.optim.sgd(lr=settings.inner_lr)
+    return mg.optim.adamw(
+        lr=settings.inner_lr,
+        betas=(settings.inner_beta1, settings.inner_beta2),
+        eps=settings.inner_eps,
+        eps_root=settings.inner_eps_root,
+        weight_decay=settings.inner_weight_decay,
+    )
+
+
+def _reward(settings: Settings, experiment: Experiment, judge: Judge) -> Reward:
+    """The reward that the settings name; what goes with it, as the naive reward's comparison, goes with its class."""
+    target, metric = judge.target, judge.metric
+    match settings.reward:
+        case "naive":
+            return baselines.NaiveReward(target, metric)
+        case "random":
+            return baselines.RandomReward()
+        case "edit-distance" | "embedding" | "identifier":
+            return baselines.LikenessReward(_likeness(settings.reward, experiment, target))
+        case "shuffled":
+            return baselines.ShuffledReward(MetagradReward(target, metric, settings.cross_group))
+        case _:
+            return MetagradReward(target, metric, settings.cross_group)
+
+
+def _likeness(name: str, experiment: Experiment, target: Target) -> baselines.Likeness:
+    likenesses, wanted = dict(experiment.likenesses()), experiment.wanted()
+    if wanted:
+        likenesses["edit-distance"] = baselines.edit_likeness(wanted, target.tokenizer)
+        likenesses["embedding"] = baselines.embedding_likeness(
+            wanted, target.model, target.tokenizer, target.sequence_length
+        )
+    if name not in likenesses:
+        possible = ", ".join(["metagradient", "naive", "shuffled", "random", *likenesses])
+        raise ValueError(f"{experiment.name} knows no text to be like, so reward={name} means nothing: {possible} do.")
+    return likenesses[name]
+
+
+def _grpo(settings: Settings) -> GrpoConfig:
+    return GrpoConfig(
+        num_steps=settings.num_steps,
+        prompts_per_step=settings.prompts_per_step,
+        group_size=settings.group_size,
+        learning_rate=settings.learning_rate,
+        final_learning_rate=settings.final_learning_rate,
+        updates_per_step=settings.updates_per_step,
+        clip_range=settings.clip_range,
+        kl_coefficient=settings.kl_coefficient,
+        max_grad_norm=settings.max_grad_norm,
+        normalize_groups=settings.normalize_groups,
+    )
+
+
+def _source(setting: str, name: str) -> str:
+    return str(MODELS / name) if setting == "embedded" else setting
