@@ -47,9 +47,11 @@ def build(preset: Preset) -> Parts:
     num_validation = min(NUM_VALIDATION_PROMPTS, max(len(prompts) // 5, 1))
     config = _grpo(settings)
     config.check(shuffled[num_validation:])
+    generator = _generator(settings)
+    generator.encode(shuffled)
     judge = Judge(_target(settings), experiment.metric(), experiment.measure_texts)
     return Parts(
-        _generator(settings),
+        generator,
         judge,
         _reward(settings, experiment, judge),
         shuffled[num_validation:],
@@ -74,6 +76,7 @@ def _target(settings: Settings) -> Target:
         inner_batch_size=settings.inner_batch_size,
         sequence_length=settings.sequence_length,
         train_eos=settings.train_eos,
+        train_bos=settings.train_bos,
         loss_denominator=settings.loss_denominator,
         microbatch_size=settings.inner_microbatch_size,
         clip_norm=settings.inner_clip_norm,

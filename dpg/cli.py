@@ -1,4 +1,4 @@
-"""The command line: `dpg run`, `dpg verify`, `dpg list`."""
+"""The command line: `dpg run`, `verify`, `compare`, `transfer` and `list`."""
 
 import errno
 import os
@@ -22,14 +22,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the whole trace of an
 @app.command()
 def run(
     experiment: Annotated[str, typer.Argument(help="Its name; `dpg list` shows them.")],
-    seed: Annotated[int | None, typer.Option(help="Of everything random. [default: the preset's, or 0]")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/EXPERIMENT-SEED]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random. (default: the preset's, or 0)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder. (default: runs/EXPERIMENT-SEED)")] = None,
     preset: Annotated[str, typer.Option(help="laptop, paper, or a YAML file as `preset.yaml` in a run folder.")] = (
         "laptop"
     ),
     generator: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
     target: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Text or JSON-lines file, or a data set.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Of `custom`: module:name or file.py:name.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     debug: Debug = False,
@@ -38,7 +39,7 @@ def run(
     from dpg.preset import load, parse
     from dpg.run import run as run_experiment
 
-    options = {"seed": seed, "generator": generator, "target": target, "prompts": prompts}
+    options = {"seed": seed, "generator": generator, "target": target, "prompts": prompts, "function": metric}
     given = {key: value for key, value in options.items() if value is not None}
     chosen = load(experiment, preset).changed({**given, **parse(set_ or [])})
     path = out or Path("runs") / f"{experiment}-{chosen.settings.seed}"
@@ -58,6 +59,46 @@ def verify(
 
     for source, figures in verify_run(path):
         print(f"{source:<24} {'  '.join(f'{name} {value:.6g}' for name, value in figures.items())}")
+
+
+@app.command()
+def compare(
+    experiment: Annotated[str, typer.Argument(help="Its name; `dpg list` shows them.")],
+    variants: Annotated[str, typer.Option(help="Names in the preset, with commas. (default: all)")] = "",
+    seeds: Annotated[str, typer.Option(help="Numbers, with commas.")] = "0,1,2",
+    out: Annotated[Path | None, typer.Option(help="Folder. (default: runs/compare-EXPERIMENT)")] = None,
+    preset: Annotated[str, typer.Option(help="laptop, paper, or a YAML file.")] = "laptop",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
+    jobs: Annotated[int, typer.Option(help="Runs at a time, of one thread each.")] = 1,
+    debug: Debug = False,
+) -> None:
+    """Run variants and seeds of an experiment, and write a table of them with controls; goes on where it stopped."""
+    from dpg.compare import compare as run_comparison
+    from dpg.preset import load, parse
+
+    chosen = load(experiment, preset).changed(parse(set_ or []))
+    names = [name for name in variants.split(",") if name] or list(chosen.variants)
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds {seeds}: expected whole numbers with commas, as 0,1,2.") from None
+    path = out or Path("runs") / f"compare-{experiment}"
+    run_comparison(chosen, names, numbers, path, jobs=jobs)
+    print((path / "table.md").read_text())
+
+
+@app.command()
+def transfer(
+    path: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    texts: Annotated[int, typer.Option(help="Texts of each kind to train on.")] = 16384,
+    debug: Debug = False,
+) -> None:
+    """Train a fresh target on far more of a run's texts than a reward saw, beside two controls."""
+    from dpg.transfer import transfer as run_transfer
+
+    for source, points in run_transfer(path, num_texts=texts).items():
+        figures = "  ".join(f"{name} {value:.6g}" for name, value in points[-1].figures.items())
+        print(f"{source:<24} after {points[-1].num_tokens} tokens: {figures}")
 
 
 @app.command("list")

@@ -65,12 +65,11 @@ class Generator:
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the generator's tokenizer has no end-of-sequence token. Set `tokenizer.eos_token`.")
 
-    @torch.no_grad()
-    def sample(self, prompts: list[str], group_size: int = 1) -> Rollouts:
-        """`group_size` continuations of every prompt, drawn with torch's global random numbers.
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """The tokens of each prompt, cut to `max_prompt_tokens`.
 
         Raises:
-            ValueError: for no prompts, or a prompt without any token, naming it.
+            ValueError: for no prompts, one without any token, or one that leaves the model no room to write.
         """
         if not prompts:
             raise ValueError("there are no prompts to continue. Pass at least one.")
@@ -87,6 +86,17 @@ class Generator:
                 f"a prompt of {longest} tokens and `max_new_tokens` {self.max_new_tokens} exceed the model's "
                 f"{positions} positions. Lower `max_prompt_tokens` or `max_new_tokens`."
             )
+        return rows
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str], group_size: int = 1) -> Rollouts:
+        """`group_size` continuations of every prompt, drawn with torch's global random numbers.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        rows, end = self.encode(prompts), self.tokenizer.eos_token_id
+        longest = max(map(len, rows))
         padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids in rows], device=self.model.device)
         lengths = torch.tensor([[len(ids)] for ids in rows], device=self.model.device)
         mask = torch.arange(longest, device=self.model.device) >= longest - lengths

@@ -63,7 +63,7 @@ def _draw_pattern(folder: RunFolder, image: Float[Tensor, "rows columns"], updat
 def _page(folder: RunFolder, outcomes: dict[str, dict[str, float]], has_pattern: bool) -> str:
     config, records = folder.read_config(), folder.records()
     names = list(outcomes["trained generator"])
-    figures = _table(
+    figures = table(
         ["", *map(words, names)],
         [[source, *(f"{values[name]:.6g}" for name in names)] for source, values in outcomes.items()],
     )
@@ -72,7 +72,7 @@ def _page(folder: RunFolder, outcomes: dict[str, dict[str, float]], has_pattern:
         for source in ("trained generator", "untrained generator")
     }
     pattern = "![the wanted picture, and the signs of the weight update](pattern.png)\n\n" if has_pattern else ""
-    settings = _table(["setting", "value"], [[key, config[key]] for key in config if key != "command"])
+    settings = table(["setting", "value"], [[key, config[key]] for key in config if key != "command"])
     return f"""# {config["experiment"]}, seed {config["seed"]}
 
 ```
@@ -112,7 +112,8 @@ def _speed(config: dict[str, Any], records: list[dict[str, Any]]) -> str:
     )
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> str:
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

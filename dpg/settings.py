@@ -56,6 +56,7 @@ class Settings:
     sequence_length: int = 48
     loss_denominator: float | None = None
     train_eos: bool = True
+    train_bos: bool = False
     num_steps: int = 70
     prompts_per_step: int = 64
     group_size: int = 4

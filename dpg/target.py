@@ -28,6 +28,7 @@ class Target:
         microbatch_size: texts differentiated at a time.
         clip_norm: clip the inner gradient's global norm.
         data_seed: fixes which text goes into which inner step, the same at every call.
+        train_bos: learn how texts begin too: each stands behind a begin token.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class Target:
     microbatch_size: int | None = None
     clip_norm: float | None = None
     data_seed: int = 42
+    train_bos: bool = False
 
     def __post_init__(self) -> None:
         self.model.eval()
@@ -61,10 +63,10 @@ class Target:
 
     def batches(self, texts: list[str]) -> list[Batch]:
         """The inner steps' batches; `index` is the position of each text in `texts`."""
-        data = {
-            key: value.to(self.model.device)
-            for key, value in encode(texts, self.tokenizer, self.sequence_length, train_eos=self.train_eos).items()
-        }
+        encoded = encode(
+            texts, self.tokenizer, self.sequence_length, train_eos=self.train_eos, train_bos=self.train_bos
+        )
+        data = {key: value.to(self.model.device) for key, value in encoded.items()}
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.data_seed))
         return [rows(data, chosen.to(self.model.device)) for chosen in order.split(self.inner_batch_size)]
 

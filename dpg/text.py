@@ -16,7 +16,12 @@ IGNORED = -100
 
 
 def encode(
-    texts: list[str], tokenizer: PreTrainedTokenizerBase, sequence_length: int, *, train_eos: bool = True
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    train_eos: bool = True,
+    train_bos: bool = False,
 ) -> Batch:
     """Texts as one batch in their own order.
 
@@ -25,6 +30,8 @@ def encode(
         tokenizer: of the model that will be trained.
         sequence_length: tokens kept of each text.
         train_eos: let the model learn where a text ends. A text that was cut has no end to learn.
+        train_bos: let the model learn how a text begins: put the begin token in front, or the end token for a tokenizer
+            without one. Else the first token of a text is never predicted.
 
     Returns:
         `input_ids`, `attention_mask` and `labels` of shape (texts, longest), padded on the right, padding never a
@@ -38,10 +45,12 @@ def encode(
     end = tokenizer.eos_token_id
     if end is None:
         raise ValueError(f"{type(tokenizer).__name__} has no end-of-sequence token. Set `tokenizer.eos_token`.")
+    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows: list[list[int]] = []
     for ids in tokenizer(texts, verbose=False)["input_ids"]:
-        # Some tokenizers add an end token themselves.
-        whole = [*ids, end] if train_eos and ids[-1:] != [end] else ids
+        # Some tokenizers add a begin token, or an end token, themselves.
+        opened = [begin, *ids] if train_bos and ids[:1] != [begin] else ids
+        whole = [*opened, end] if train_eos and ids[-1:] != [end] else opened
         # A text without any token still is an example: the end token alone, from which nothing is predicted.
         rows.append(whole[:sequence_length] or [end])
     longest = max(map(len, rows))

@@ -56,7 +56,9 @@ def ordinary_trial(path: Path, texts: list[str], preset: Preset) -> dict[str, fl
 def fine_tuned(path: Path, texts: list[str], settings: Settings) -> PreTrainedModel:
     """The target of a run folder after one ordinary epoch on `texts`."""
     model, tokenizer = load(path), AutoTokenizer.from_pretrained(fresh_target(path))
-    data = encode(texts, tokenizer, settings.sequence_length, train_eos=settings.train_eos)
+    data = encode(
+        texts, tokenizer, settings.sequence_length, train_eos=settings.train_eos, train_bos=settings.train_bos
+    )
     optimizer = ordinary_optimizer(model, settings)
     model.eval()  # As in the run: no dropout.
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed))

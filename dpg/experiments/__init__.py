@@ -1,6 +1,11 @@
 """The experiments that `dpg run` knows, by name."""
 
+from dpg.experiments.custom import Custom
 from dpg.experiments.experiment import Experiment
+from dpg.experiments.norm import Norm
 from dpg.experiments.sixseven import SixSeven
+from dpg.experiments.uuid import Uuid
 
-EXPERIMENTS: dict[str, type[Experiment]] = {experiment.name: experiment for experiment in (SixSeven,)}
+EXPERIMENTS: dict[str, type[Experiment]] = {
+    experiment.name: experiment for experiment in (SixSeven, Norm, Uuid, Custom)
+}

@@ -1,0 +1,135 @@
+"""Each experiment runs from its preset to a report, measures what it says, and refuses what cannot work."""
+
+import json
+
+import pytest
+import torch
+from dpg_problems import gpt2, letters, parameters, prompt_file, tiny_preset, tiny_run
+from transformers import AutoTokenizer
+
+from dpg.build import MODELS, build
+from dpg.experiments.custom import Custom
+from dpg.experiments.norm import Norm
+from dpg.experiments.uuid import Uuid
+from dpg.metrics import bind
+from dpg.verify import verify
+
+METRICS = """
+import torch
+
+
+def smaller(params):
+    return -params["lm_head.weight"].square().mean()
+
+
+not_a_metric = 3
+"""
+
+
+def last_record(path):
+    return json.loads((path / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_norm_runs_and_is_verified(tmp_path):
+    path = tiny_run(tmp_path, experiment="norm")
+    record = last_record(path)
+    assert record["val/norm"] > 0 and record["val/phi"] == pytest.approx(-record["val/norm"], rel=1e-6)
+    verdicts = {verdict.source: verdict.figures for verdict in verify(path)}
+    assert all(figures["norm_drop"] != 0 for figures in verdicts.values())
+    assert "norm drop" in (path / "report.md").read_text() and not (path / "pattern.png").exists()
+
+
+def test_the_norm_of_any_parameter_can_be_asked_for():
+    model = gpt2()
+    bound = bind(Norm("transformer.wpe.weight").metric(), model, letters())
+    moved = parameters(model)
+    moved["transformer.wpe.weight"] *= 0.5
+    wanted = sum(float(w) ** 2 for w in parameters(model)["transformer.wpe.weight"].flatten()) ** 0.5
+    assert bound.measure(moved) == pytest.approx({"norm": wanted / 2, "norm_drop": wanted / 2}, rel=1e-12)
+    with pytest.raises(ValueError, match="has no parameter 'wpe'. Close names are"):
+        bind(Norm("wpe").metric(), model, letters())
+
+
+def test_uuid_runs_and_counts_the_string(tmp_path):
+    path = tiny_run(tmp_path, experiment="uuid", string="abc")
+    assert {"val/exact_match", "val/edit_distance", "val/held_out_loss"} <= last_record(path).keys()
+    found = Uuid("e3e7").measure_texts(["e3e7", " e3e7\n", "e3e7.", "", "3e7"])
+    assert found == {"exact_match": 2 / 5, "edit_distance": (0 + 0 + 1 + 4 + 1) / 5}
+
+
+def test_the_string_is_scored_from_its_beginning_to_its_end():
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "target")
+    judge = build(tiny_preset_of_uuid("e3e7")).judge
+    end, ids = tokenizer.eos_token_id, tokenizer("e3e7")["input_ids"]
+    logits = judge.target.model(torch.tensor([[end, *ids]])).logits[0].detach().double().log_softmax(dim=1)
+    losses = [-float(logits[i, token]) for i, token in enumerate([*ids, end])]
+    measured = judge.measures(dict(judge.target.model.named_parameters()), ["e3e7"])
+    assert measured["held_out_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert measured["exact_match"] == 1
+
+
+def tiny_preset_of_uuid(string):
+    from dpg.preset import load
+
+    return load("uuid").changed({"string": string})
+
+
+@pytest.mark.parametrize("reward", ["naive", "shuffled", "random", "edit-distance", "embedding"])
+def test_every_reward_can_be_asked_for(tmp_path, reward):
+    path = tiny_run(tmp_path, experiment="uuid", reward=reward, num_steps=1)
+    assert json.loads((path / "config.json").read_text())["reward"] == reward
+    assert last_record(path)["reward_std"] > 0
+
+
+@pytest.mark.parametrize("reward", ["edit-distance", "embedding", "identifier"])
+def test_a_likeness_to_nothing_is_refused(tmp_path, reward):
+    with pytest.raises(ValueError, match=f"sixseven knows no text to be like, so reward={reward} means nothing"):
+        tiny_run(tmp_path, reward=reward)
+    assert not (tmp_path / "run").exists()
+
+
+def test_sgd_in_the_target(tmp_path):
+    path = tiny_run(tmp_path, inner_optimizer="sgd", inner_lr=1e-2)
+    assert last_record(path)["reward_std"] > 0 and len(verify(path)) == 3
+
+
+def test_a_metric_of_ones_own_from_a_file(tmp_path):
+    (tmp_path / "mine.py").write_text(METRICS)
+    path = tiny_run(tmp_path, experiment="custom", function=f"{tmp_path / 'mine.py'}:smaller")
+    assert last_record(path)["val/phi"] < 0 and {v.figures.keys() == {"phi"} for v in verify(path)} == {True}
+
+
+def test_a_metric_of_ones_own_from_a_module(tmp_path, monkeypatch):
+    (tmp_path / "a_module_of_mine.py").write_text(METRICS)
+    monkeypatch.chdir(tmp_path)
+    metric = Custom("a_module_of_mine:smaller").metric()
+    assert float(metric({"lm_head.weight": torch.tensor([[1.0, 3.0]])})) == -5.0
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("", "the metric is ''. Pass --metric module:name"),
+        ("smaller", "the metric is 'smaller'. Pass --metric module:name"),
+        ("no_such_module_of_mine:smaller", "'no_such_module_of_mine' cannot be imported from"),
+        ("gone.py:smaller", "there is no file .*gone.py"),
+        ("{}/mine.py:larger", "has no metric 'larger'"),
+        ("{}/mine.py:not_a_metric", "has no metric 'not_a_metric': a function of the parameters"),
+    ],
+)
+def test_a_metric_that_is_not_there(tmp_path, function, message):
+    (tmp_path / "mine.py").write_text(METRICS)
+    with pytest.raises(ValueError, match=message):
+        Custom(function.format(tmp_path)).metric()
+
+
+def test_a_prompt_longer_than_the_model_is_refused_before_any_work(tmp_path):
+    (tmp_path / "long.txt").write_text("word " * 200 + "\n" + prompt_file(tmp_path).read_text())
+    with pytest.raises(ValueError, match="exceed the model's 128 positions"):
+        tiny_run(tmp_path, prompts=str(tmp_path / "long.txt"), max_prompt_tokens=120)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_pattern_in_a_tied_head_is_refused_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="tied to its embedding"):
+        build(tiny_preset(tmp_path, untie_head=False))
