@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 import metagrad as mg
 from dpg import baselines, corpus
@@ -43,7 +44,7 @@ def build(preset: Preset) -> Parts:
     experiment, settings = preset.experiment, preset.settings
     prompts = corpus.held_out() if settings.prompts == "embedded" else read_prompts(settings.prompts)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    shuffled = [prompts[i] for i in order]
+    shuffled = [settings.instruction + prompts[i] for i in order]
     num_validation = min(NUM_VALIDATION_PROMPTS, max(len(prompts) // 5, 1))
     config = _grpo(settings)
     config.check(shuffled[num_validation:])
@@ -63,8 +64,29 @@ def build(preset: Preset) -> Parts:
 def _generator(settings: Settings) -> Generator:
     model, tokenizer = load_model(_source(settings.generator, "generator"))
     return Generator(
-        model.to(settings.device), tokenizer, settings.max_prompt_tokens, settings.max_new_tokens, settings.temperature
+        _adapted(model, settings).to(settings.device),
+        tokenizer,
+        settings.max_prompt_tokens,
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.chat,
+        settings.generation_batch_size,
+        None if settings.sampling_dtype is None else getattr(torch, settings.sampling_dtype),
     )
+
+
+def _adapted(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
+    """The generator with low-rank adapters, where the settings ask for them."""
+    if settings.lora_rank is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ValueError("lora_rank needs the package peft: pip install 'metagrad[scale]'.") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        shape = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "target_modules": "all-linear"}
+        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
 
 
 def _target(settings: Settings) -> Target:
@@ -136,6 +158,7 @@ def _grpo(settings: Settings) -> GrpoConfig:
         kl_coefficient=settings.kl_coefficient,
         max_grad_norm=settings.max_grad_norm,
         normalize_groups=settings.normalize_groups,
+        microbatch_size=settings.policy_microbatch_size,
     )
 
 

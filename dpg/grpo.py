@@ -22,6 +22,8 @@ class GrpoConfig:
         clip_range: how far a token's probability ratio may move the loss.
         kl_coefficient: weight of the penalty for leaving the initial generator; 0 keeps no copy of it.
         max_grad_norm: of the generator's gradient.
+        microbatch_size: rollouts whose log-probabilities are computed at a time; None for all of an update. Changes
+            memory, and no number but by rounding.
         normalize_groups: divide each group's advantages by their own standard deviation.
     """
 
@@ -35,6 +37,7 @@ class GrpoConfig:
     kl_coefficient: float = 0.0
     max_grad_norm: float = 1.0
     normalize_groups: bool = True
+    microbatch_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -43,6 +46,8 @@ class GrpoConfig:
             )
         if min(self.num_steps, self.prompts_per_step, self.updates_per_step) < 1:
             raise ValueError("`num_steps`, `prompts_per_step` and `updates_per_step` must be at least 1.")
+        if self.microbatch_size is not None and self.microbatch_size < 1:
+            raise ValueError(f"`microbatch_size` is {self.microbatch_size}. Pass at least 1, or None.")
 
     def check(self, prompts: list[str]) -> None:
         """Raise a ValueError if there are fewer `prompts` than a step draws."""

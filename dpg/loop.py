@@ -135,7 +135,8 @@ class Policy:
     @classmethod
     def of(cls, generator: Generator, config: GrpoConfig) -> "Policy":
         """A policy that starts from `generator` as it is."""
-        optimizer = torch.optim.AdamW(generator.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        learned = [p for p in generator.model.parameters() if p.requires_grad]  # All, or those of an adapter.
+        optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=0.0)
         penalized = config.kl_coefficient > 0
         reference = replace(generator, model=copy.deepcopy(generator.model)) if penalized else None
         return cls(generator, reference, optimizer, config)
@@ -149,20 +150,23 @@ class Policy:
         config, parameters = self.config, self.generator.model.parameters
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        with torch.no_grad():
-            old = self.generator.log_probs(rollouts)
-            start = self.reference.log_probs(rollouts) if self.reference is not None else old
+        old = self._log_probs(self.generator, rollouts)
+        start = old if self.reference is None else self._log_probs(self.reference, rollouts)
         kls = []
         for chosen in torch.randperm(len(advantages)).chunk(config.updates_per_step):
-            part = rollouts.rows(chosen)
-            log_probs = self.generator.log_probs(part)
-            loss = policy_loss(log_probs, old[chosen], advantages[chosen], part.token_mask, config.clip_range)
-            if self.reference is not None:
-                kl = kl_estimate(log_probs, start[chosen], part.token_mask)
-                loss = loss + config.kl_coefficient * kl
-                kls.append(float(kl.detach()))
             self.optimizer.zero_grad()
-            loss.backward()
+            num_tokens, kl_of_update = rollouts.token_mask[chosen].sum(), 0.0
+            for places in chosen.split(config.microbatch_size or len(chosen)):
+                part = rollouts.rows(places)
+                log_probs = self.generator.log_probs(part)
+                share = part.token_mask.sum() / num_tokens  # Losses are means over tokens.
+                loss = policy_loss(log_probs, old[places], advantages[places], part.token_mask, config.clip_range)
+                if self.reference is not None:
+                    kl = kl_estimate(log_probs, start[places], part.token_mask)
+                    loss = loss + config.kl_coefficient * kl
+                    kl_of_update += float(share * kl.detach())
+                (share * loss).backward()
+            kls.append(kl_of_update)
             norm = torch.nn.utils.clip_grad_norm_(parameters(), config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise mg.NonFiniteError(
@@ -170,7 +174,13 @@ class Policy:
                     "`learning_rate` or raise `kl_coefficient`."
                 )
             self.optimizer.step()
-        return sum(kls) / max(len(kls), 1)
+        return sum(kls) / len(kls)
+
+    @torch.no_grad()
+    def _log_probs(self, generator: Generator, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens"]:
+        """log π of every written token, some rollouts at a time."""
+        places = torch.arange(len(rollouts.texts)).split(self.config.microbatch_size or len(rollouts.texts))
+        return torch.cat([generator.log_probs(rollouts.rows(chosen)) for chosen in places])
 
     def checkpoint(self, step: int) -> Checkpoint:
         """What `restore` needs to go on after `step`; a copy, which further training leaves alone."""

@@ -83,7 +83,9 @@ def _prepare(folder: RunFolder, parts: Parts, settings: Settings) -> None:
 
 def _finish(folder: RunFolder, parts: Parts, preset: Preset) -> None:
     folder.write_texts("dataset.jsonl", _texts(parts, preset.settings))
-    parts.generator.model.save_pretrained(folder.path / "generator")
+    model = parts.generator.model
+    merged = model.merge_and_unload() if preset.settings.lora_rank is not None else model
+    merged.save_pretrained(folder.path / "generator")
     parts.generator.tokenizer.save_pretrained(folder.path / "generator")
     report.write(folder, parts.judge, preset.experiment.figure)
 

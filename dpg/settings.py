@@ -16,12 +16,18 @@ class Settings:
         generator, target: a folder in Hugging Face format, a hub name, or "embedded" for the models of the package.
         prompts: a text file (one prompt a line), a JSON-lines file or hub data set with a `prompt` or `text` column, or
             "embedded" for held-out passages of the standard library's documentation.
+        instruction: stands before every prompt.
+        chat: put prompts into the generator's chat template, as what a user says.
         device: where both models live, as torch names it.
         seed: of everything random.
         reward: how texts are scored. "metagradient" is the method; "naive", "edit-distance", "embedding" and
             "identifier" are what it is compared with, "shuffled" (metagradients dealt at random) and "random" controls.
         inner_*: the target's training; `inner_lr`, `inner_eps_root` and so on are those of `metagrad.optim.adamw`, or
             `inner_lr` alone is that of `metagrad.optim.sgd`.
+        lora_rank, lora_alpha: train low-rank adapters of all linear layers of the generator instead of its weights,
+            scaled by alpha / rank [hu2021]; the run saves merged weights. None trains the weights themselves.
+        generation_batch_size, sampling_dtype: `batch_size` and `sampling_dtype` of `Generator`.
+        policy_microbatch_size: `microbatch_size` of `GrpoConfig`.
         untie_head: give the target a head of its own if it is tied to the embedding.
         dataset_texts: texts written at the end, and the size of each control of `dpg verify`.
         checkpoint_every: GRPO steps between checkpoints.
@@ -35,6 +41,8 @@ class Settings:
     generator: str = "embedded"
     target: str = "embedded"
     prompts: str = "embedded"
+    instruction: str = ""
+    chat: bool = False
     device: str = "cpu"
     seed: int = 0
     reward: str = "metagradient"
@@ -42,6 +50,10 @@ class Settings:
     max_prompt_tokens: int = 8
     max_new_tokens: int = 32
     temperature: float = 1.0
+    generation_batch_size: int | None = None
+    sampling_dtype: str | None = None
+    lora_rank: int | None = None
+    lora_alpha: float = 16.0
     inner_optimizer: str = "adamw"
     inner_lr: float = 1e-4
     inner_beta1: float = 0.9
@@ -67,6 +79,7 @@ class Settings:
     kl_coefficient: float = 0.03
     max_grad_norm: float = 1.0
     normalize_groups: bool = True
+    policy_microbatch_size: int | None = None
     validation_texts: int = 1024
     validate_every: int = 10
     dataset_texts: int = 1024
@@ -86,10 +99,17 @@ class Settings:
         for name in ("inner_eps", "inner_eps_root", "inner_weight_decay", "kl_coefficient"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}. Pass a number of at least 0.")
-        choices = {"reward": REWARDS, "inner_optimizer": ("adamw", "sgd"), "track": TRACKERS}
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank is {self.lora_rank}. Pass at least 1, or none.")
+        choices = {
+            "reward": REWARDS,
+            "inner_optimizer": ("adamw", "sgd"),
+            "sampling_dtype": (None, "bfloat16", "float16"),
+            "track": TRACKERS,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}. Choose from: {', '.join(allowed)}.")
+                raise ValueError(f"{name} is {getattr(self, name)!r}. Choose from: {', '.join(map(str, allowed))}.")
 
     def as_dict(self) -> dict[str, Any]:
         """The settings by name."""

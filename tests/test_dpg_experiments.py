@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 from dpg_problems import gpt2, letters, parameters, prompt_file, tiny_preset, tiny_run
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpg.build import MODELS, build
 from dpg.experiments.custom import Custom
 from dpg.experiments.norm import Norm
 from dpg.experiments.uuid import Uuid
+from dpg.folder import RunFolder
 from dpg.metrics import bind
 from dpg.verify import verify
 
@@ -133,3 +134,73 @@ def test_a_prompt_longer_than_the_model_is_refused_before_any_work(tmp_path):
 def test_a_pattern_in_a_tied_head_is_refused_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="tied to its embedding"):
         build(tiny_preset(tmp_path, untie_head=False))
+
+
+PEFTS_OWN = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
+
+
+@PEFTS_OWN
+def test_adapters_are_trained_alone_and_merged(tmp_path):
+    path = tiny_run(tmp_path, lora_rank=2, learning_rate=0.01)
+    merged = AutoModelForCausalLM.from_pretrained(path / "generator")
+    before = AutoModelForCausalLM.from_pretrained(MODELS / "generator")
+    assert merged.state_dict().keys() == before.state_dict().keys()
+    changed = {name for name, p in merged.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    assert changed and all(name.endswith("proj.weight") for name in changed)
+    for name in changed:  # An update of rank two.
+        values = torch.linalg.svdvals((merged.get_parameter(name) - before.get_parameter(name)).detach().double())
+        assert values[2] < 1e-4 * values[0]
+
+
+@PEFTS_OWN
+def test_a_run_with_adapters_can_be_resumed_with_the_same_bits(tmp_path, monkeypatch):
+    whole = tiny_run(tmp_path, "whole", lora_rank=2)
+    original = RunFolder.record
+
+    def record(self, entry):
+        if entry.step == 2:
+            raise KeyboardInterrupt
+        original(self, entry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "record", record)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_run(tmp_path, "cut", lora_rank=2)
+    cut = tiny_run(tmp_path, "cut", lora_rank=2, resume=True)
+    assert (cut / "dataset.jsonl").read_bytes() == (whole / "dataset.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chat": True}, "the generator's tokenizer has no chat template"),
+        ({"lora_rank": 0}, "lora_rank is 0"),
+        ({"sampling_dtype": "int8"}, "sampling_dtype is 'int8'. Choose from: None, bfloat16, float16"),
+        ({"generation_batch_size": 0}, "`batch_size` is 0"),
+        ({"policy_microbatch_size": 0}, "`microbatch_size` is 0"),
+        ({"track": "paper"}, "track is 'paper'. Choose from: none, tensorboard"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_asked_for_is_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_run(tmp_path, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_half_precision_is_for_sampling_alone(tmp_path):
+    path = tiny_run(tmp_path, sampling_dtype="bfloat16", generation_batch_size=3, policy_microbatch_size=3)
+    assert AutoModelForCausalLM.from_pretrained(path / "generator").dtype == torch.float32
+    assert last_record(path)["val/pixel_accuracy"] > 0
+
+
+def test_tensorboard_has_every_figure(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = tiny_run(tmp_path, track="tensorboard")
+    events = EventAccumulator(str(path / "tensorboard")).Reload()
+    for record in map(json.loads, (path / "metrics.jsonl").read_text().splitlines()):
+        for name in ("phi", "reward_std", "val/pixel_accuracy"):
+            if name in record:
+                shown = {event.step: event.value for event in events.Scalars(name)}
+                assert shown[record["step"]] == pytest.approx(record[name], rel=1e-6)
