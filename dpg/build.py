@@ -157,6 +157,7 @@ def _grpo(settings: Settings) -> GrpoConfig:
         clip_range=settings.clip_range,
         kl_coefficient=settings.kl_coefficient,
         max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay,
         normalize_groups=settings.normalize_groups,
         microbatch_size=settings.policy_microbatch_size,
     )

@@ -71,9 +71,7 @@ class Generator:
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the generator's tokenizer has no end-of-sequence token. Set `tokenizer.eos_token`.")
         if self.chat and self.tokenizer.chat_template is None:
-            raise ValueError(
-                "the generator's tokenizer has no chat template. Pass chat=False, or another model."
-            )
+            raise ValueError("the generator's tokenizer has no chat template. Pass chat=False, or another model.")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"`batch_size` is {self.batch_size}. Pass at least 1, or None.")
 

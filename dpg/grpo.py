@@ -22,6 +22,7 @@ class GrpoConfig:
         clip_range: how far a token's probability ratio may move the loss.
         kl_coefficient: weight of the penalty for leaving the initial generator; 0 keeps no copy of it.
         max_grad_norm: of the generator's gradient.
+        weight_decay: of AdamW on the generator.
         microbatch_size: rollouts whose log-probabilities are computed at a time; None for all of an update. Changes
             memory, and no number but by rounding.
         normalize_groups: divide each group's advantages by their own standard deviation.
@@ -36,6 +37,7 @@ class GrpoConfig:
     clip_range: float = 0.2
     kl_coefficient: float = 0.0
     max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
     normalize_groups: bool = True
     microbatch_size: int | None = None
 

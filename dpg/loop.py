@@ -136,7 +136,7 @@ class Policy:
     def of(cls, generator: Generator, config: GrpoConfig) -> "Policy":
         """A policy that starts from `generator` as it is."""
         learned = [p for p in generator.model.parameters() if p.requires_grad]  # All, or those of an adapter.
-        optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
         penalized = config.kl_coefficient > 0
         reference = replace(generator, model=copy.deepcopy(generator.model)) if penalized else None
         return cls(generator, reference, optimizer, config)

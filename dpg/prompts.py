@@ -7,6 +7,8 @@ from pathlib import Path
 def read_prompts(source: str) -> list[str]:
     """The prompts of a text file (one a line), a JSON-lines file, a `datasets` folder or a hub data set.
 
+    A data set may be given with its configuration and split, as `wikimedia/wikipedia:20231101.en:train[:1000]`.
+
     Raises:
         ValueError: if there is nothing of that name, no `prompt` or `text` column, or no prompt in it.
     """
@@ -43,7 +45,12 @@ def _from_datasets(source: str) -> list[str]:
             "pip install 'metagrad[data]'."
         ) from error
     try:
-        data = load_from_disk(source) if Path(source).is_dir() else load_dataset(source, split="train")
+        if Path(source).is_dir():
+            data = load_from_disk(source)
+        else:
+            name, _, rest = source.partition(":")
+            configuration, _, split = rest.partition(":")
+            data = load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:  # `datasets` raises a different class for every way of not finding something.
         raise ValueError(
             f"{source!r} is neither a file, nor a folder written by `datasets`, nor a data set that can be downloaded: "

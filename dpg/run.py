@@ -12,6 +12,7 @@ import torch
 from dpg import report
 from dpg.build import Parts, build
 from dpg.display import Display
+from dpg.estimate import estimate, refuse_too_large
 from dpg.folder import RunFolder
 from dpg.loop import train, write
 from dpg.preset import Preset
@@ -33,9 +34,12 @@ def run(preset: Preset, path: Path, *, resume: bool = False, command: str = "") 
     """
     parts, settings, folder = build(preset), preset.settings, RunFolder(path)
     config = {"experiment": preset.experiment.name, "command": command, **preset.as_dict(), **_environment(parts)}
+    expected = estimate(parts, settings)
+    refuse_too_large(parts, settings)
     checkpoint = folder.reopen(config) if resume else None
+    print(f"{preset.experiment.name}: {expected}", flush=True)
     if not resume:
-        folder.create(config, needed_bytes=_disk_bytes(parts))
+        folder.create(config, needed_bytes=expected.disk)
         folder.write_text("preset.yaml", preset.text())
         _prepare(folder, parts, settings)
 
@@ -95,12 +99,6 @@ def _texts(parts: Parts, settings: Settings) -> list[str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         return write(parts.generator, parts.validation.prompts, settings.dataset_texts)
-
-
-def _disk_bytes(parts: Parts) -> int:
-    """The generator twice (result, and checkpoint beside its predecessor, each with Adam's two moments), the target."""
-    sizes = [sum(p.nbytes for p in model.parameters()) for model in (parts.generator.model, parts.judge.target.model)]
-    return 7 * sizes[0] + sizes[1] + 10_000_000
 
 
 def _environment(parts: Parts) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def test_a_file_that_is_no_preset_says_why(tmp_path, content, message):
 def test_what_is_not_there():
     with pytest.raises(ValueError, match="there is no experiment 'eight'. Choose from: sixseven"):
         load("eight")
-    with pytest.raises(ValueError, match="there is no preset 'huge' of sixseven. .* one of: laptop"):
+    with pytest.raises(ValueError, match="there is no preset 'huge' of sixseven. .* one of: laptop, paper"):
         load("sixseven", "huge")
 
 

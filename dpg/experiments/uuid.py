@@ -11,20 +11,22 @@ from dpg.held_out import HeldOutLoss
 
 @dataclass(frozen=True)
 class Uuid(Experiment):
-    """Φ is minus the target's loss on one string, from the beginning of a text to its end.
+    """Φ is minus the target's loss on one string.
 
     Args:
         string: what the generator shall find.
+        whole: Φ counts how the string begins and ends too, not only what its tokens are.
     """
 
     string: str = "e3e70682-c209-4cac-a29f-6fbed82c07cd"
+    whole: bool = True
 
     name = "uuid"
     goal = "write one string that the generator was never shown"
     figure = "exact_match"
 
     def metric(self) -> HeldOutLoss:
-        return HeldOutLoss([self.string], whole=True)
+        return HeldOutLoss([self.string], whole=self.whole)
 
     def measure_texts(self, texts: list[str]) -> dict[str, float]:
         """The share of texts that are the string, and the mean edit distance to it, in characters."""
