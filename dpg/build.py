@@ -7,13 +7,14 @@ import torch
 from transformers import PreTrainedModel
 
 import metagrad as mg
-from dpg import baselines, corpus
+from dpg import baselines, corpus, languages
 from dpg.experiments.experiment import Experiment
 from dpg.generator import Generator
 from dpg.grpo import GrpoConfig
 from dpg.judge import Judge
 from dpg.loop import Validation
 from dpg.preset import Preset
+from dpg.pretrain import multilingual_models
 from dpg.prompts import read_prompts
 from dpg.reward import MetagradReward, Reward
 from dpg.settings import Settings
@@ -42,7 +43,7 @@ def build(preset: Preset) -> Parts:
         ValueError: if something is not there, or does not fit.
     """
     experiment, settings = preset.experiment, preset.settings
-    prompts = corpus.held_out() if settings.prompts == "embedded" else read_prompts(settings.prompts)
+    prompts = _prompts(settings.prompts)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     shuffled = [settings.instruction + prompts[i] for i in order]
     num_validation = min(NUM_VALIDATION_PROMPTS, max(len(prompts) // 5, 1))
@@ -164,4 +165,20 @@ def _grpo(settings: Settings) -> GrpoConfig:
 
 
 def _source(setting: str, name: str) -> str:
-    return str(MODELS / name) if setting == "embedded" else setting
+    match setting:
+        case "embedded":
+            return str(MODELS / name)
+        case "multilingual":
+            return str(multilingual_models() / name)
+        case _:
+            return setting
+
+
+def _prompts(setting: str) -> list[str]:
+    match setting:
+        case "embedded":
+            return corpus.held_out()
+        case "multilingual":
+            return languages.prompts(languages.held_out()["en"])
+        case _:
+            return read_prompts(setting)

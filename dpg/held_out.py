@@ -1,6 +1,6 @@
 """How well a target model predicts texts that it was not trained on, as a metric."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ class HeldOutLoss(TargetMetric):
 
     Args:
         texts: held-out texts.
+        test_texts: other texts on which the figures are also taken, as `test_loss`.
         last_word: score the last word only.
         whole: score how a text begins and ends too.
         sequence_length: most tokens of a text, where the model itself has no limit.
@@ -40,6 +41,7 @@ class HeldOutLoss(TargetMetric):
     """
 
     texts: list[str] = field(repr=False)
+    test_texts: list[str] = field(default_factory=list, repr=False)
     last_word: bool = False
     whole: bool = False
     sequence_length: int | None = None
@@ -63,6 +65,9 @@ class HeldOutLoss(TargetMetric):
     def bind(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Bound:
         data = {key: value.to(model.device) for key, value in self._encode(model, tokenizer).items()}
         chunks = [rows(data, chosen) for chosen in data["index"].split(self.microbatch_size)]
+        test = None
+        if self.test_texts:
+            test = replace(self, texts=self.test_texts, test_texts=[]).bind(model, tokenizer)
         num_scored = int((data["labels"] != IGNORED).sum())
 
         def part(params: Params, chunk: Batch) -> Float[Tensor, ""]:
@@ -82,6 +87,8 @@ class HeldOutLoss(TargetMetric):
             if self.last_word:
                 right = sum(int(_all_greedy(*_predictions(model, params, chunk)).sum()) for chunk in chunks)
                 found["last_word_accuracy"] = right / len(self.texts)
+            if test is not None:
+                found |= {name.replace("held_out", "test"): value for name, value in test.measure(params).items()}
             return found
 
         return Bound(phi, measure)

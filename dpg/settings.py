@@ -13,9 +13,11 @@ class Settings:
     """A run's settings. Lengths are in tokens, sizes in texts.
 
     Args:
-        generator, target: a folder in Hugging Face format, a hub name, or "embedded" for the models of the package.
+        generator, target: a folder in Hugging Face format, a hub name, "embedded" for the models of the package, or
+            "multilingual" for those that `dpg.pretrain` makes of manuals in five languages, once and in minutes.
         prompts: a text file (one prompt a line), a JSON-lines file or hub data set with a `prompt` or `text` column, or
-            "embedded" for held-out passages of the standard library's documentation.
+            "embedded" for held-out passages of the standard library's documentation, or "multilingual" for held-out
+            English ones of the manuals.
         instruction: stands before every prompt.
         chat: put prompts into the generator's chat template, as what a user says.
         device: where both models live, as torch names it.

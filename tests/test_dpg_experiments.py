@@ -7,8 +7,10 @@ import torch
 from dpg_problems import gpt2, letters, parameters, prompt_file, tiny_preset, tiny_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpg import languages
 from dpg.build import MODELS, build
 from dpg.experiments.custom import Custom
+from dpg.experiments.language import Language
 from dpg.experiments.norm import Norm
 from dpg.experiments.uuid import Uuid
 from dpg.folder import RunFolder
@@ -73,6 +75,45 @@ def tiny_preset_of_uuid(string):
     from dpg.preset import load
 
     return load("uuid").changed({"string": string})
+
+
+GERMAN = [
+    "Die Datei wird gelesen, bevor das Programm beginnt.",
+    "Ein leeres Verzeichnis kann ohne weiteres entfernt werden.",
+    "Der Benutzer sieht eine Meldung, wenn etwas nicht stimmt.",
+]
+
+
+def german_run(tmp_path, **changes):
+    (tmp_path / "german.txt").write_text("\n".join(GERMAN), encoding="utf-8")
+    texts = {"held_out": str(tmp_path / "german.txt"), "test": str(tmp_path / "german.txt"), "num_held_out": 2}
+    models = {"generator": "embedded", "target": "embedded", "max_prompt_tokens": 8}
+    return tiny_run(tmp_path, experiment="language", **texts, **models, **changes)
+
+
+def test_language_runs_and_counts_the_language(tmp_path):
+    path = german_run(tmp_path)
+    record = last_record(path)
+    assert record["val/held_out_loss"] == pytest.approx(-record["val/phi"], rel=1e-6)
+    assert record["val/test_loss"] not in (record["val/held_out_loss"], 0.0)  # The third text, not the first two.
+    found = Language("de", held_out=str(tmp_path / "german.txt")).measure_texts([*GERMAN, "The file is read.", ""])
+    assert found == {"language_share": 3 / 5, "english_share": 1 / 5}
+
+
+def test_the_identifiers_reward_is_its_probability(tmp_path):
+    path = german_run(tmp_path, reward="identifier", num_steps=1)
+    assert last_record(path)["reward_std"] > 0
+    rewards = Language("de").likenesses()["identifier"]([*GERMAN, "The file is read by the program.", ""])
+    assert min(rewards[:3]) > 0.9 and rewards[3] < 0.1 and rewards[4] == 0
+
+
+def test_a_language_without_texts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(languages, "held_out", lambda: {"en": ["One text."], "de": GERMAN})
+    with pytest.raises(ValueError, match="the manuals are not in 'nl' but in en, de. Pass texts"):
+        Language("nl").metric()
+    first, second = Language("de", num_held_out=1).metric(), Language("de", num_held_out=2).metric()
+    assert first.texts == second.texts[:1] and not set(first.texts) & set(first.test_texts)
+    assert set(second.texts + second.test_texts) == set(GERMAN)
 
 
 @pytest.mark.parametrize("reward", ["naive", "shuffled", "random", "edit-distance", "embedding"])

@@ -53,6 +53,8 @@ def stand_in(experiment, llama_instruct, folder):
     small_gpt2 = str(MODELS / "target")
     target = small_gpt2 if "gpt2" in preset.settings.target else str(llama_instruct)
     models = {"generator": str(llama_instruct), "target": target, "prompts": str(prompt_file(folder))}
+    if experiment == "language":
+        models |= {"held_out": models["prompts"], "test": models["prompts"]}
     return preset.changed({**SMALL, **models})
 
 
