@@ -3,17 +3,22 @@
 import json
 from pathlib import Path
 
+from dpg.harness import read_task
+
 
 def read_prompts(source: str) -> list[str]:
     """The prompts of a text file (one a line), a JSON-lines file, a `datasets` folder or a hub data set.
 
-    A data set may be given with its configuration and split, as `wikimedia/wikipedia:20231101.en:train[:1000]`.
+    A YAML file is a task of the lm-evaluation-harness, and gives its documents. A data set may be given with its
+    configuration and split, as `wikimedia/wikipedia:20231101.en:train[:1000]`.
 
     Raises:
         ValueError: if there is nothing of that name, no `prompt` or `text` column, or no prompt in it.
     """
     path = Path(source)
-    if path.is_file():
+    if path.is_file() and path.suffix in (".yaml", ".yml"):
+        prompts = read_task(path)
+    elif path.is_file():
         try:
             lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             prompts = [_column(json.loads(line), source) for line in lines] if path.suffix == ".jsonl" else lines

@@ -1,12 +1,13 @@
 """The model that trains on generated texts. Its training is a pure function: the model itself is never changed."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import metagrad as mg
 from dpg.metrics import Params, head
@@ -91,14 +92,21 @@ class Target:
 
 
 def load_model(source: str, *, untie: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model in float32 and its tokenizer, from a local folder or a hub name.
+    """A causal language model in float32 and its tokenizer, from a local folder, a .gguf file or a hub name.
 
     Raises:
         ValueError: if there is no such model, saying what was looked for.
     """
+    folder, options = source, {}
+    if source.endswith(".gguf"):
+        # Dequantised at once: a model that stays packed cannot be trained.
+        folder, options = str(Path(source).parent), {"gguf_file": Path(source).name}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        unpacked = {"quantization_config": GgufConfig(dequantize=True)} if options else {}
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options, **unpacked)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    except ImportError as error:
+        raise ValueError(f"{source} needs a package: {error}. Try pip install 'metagrad[scale]'.") from error
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{source!r} is neither a folder with a causal language model and its tokenizer (config.json, "

@@ -1,6 +1,7 @@
 """Each experiment runs from its preset to a report, measures what it says, and refuses what cannot work."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -245,3 +246,11 @@ def test_tensorboard_has_every_figure(tmp_path):
             if name in record:
                 shown = {event.step: event.value for event in events.Scalars(name)}
                 assert shown[record["step"]] == pytest.approx(record[name], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["file_points_at_object", "sparse_layer", "recipes"])
+def test_the_examples_of_ones_own_metric_run(tmp_path, name):
+    examples = Path(__file__).parent.parent / "examples" / "dpg_metrics.py"
+    path = tiny_run(tmp_path, experiment="custom", function=f"{examples}:{name}")
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["reward_std"] > 0 for record in records[1:])
