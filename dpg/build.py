@@ -157,6 +157,7 @@ def _grpo(settings: Settings) -> GrpoConfig:
         updates_per_step=settings.updates_per_step,
         clip_range=settings.clip_range,
         kl_coefficient=settings.kl_coefficient,
+        entropy_coefficient=settings.entropy_coefficient,
         max_grad_norm=settings.max_grad_norm,
         weight_decay=settings.weight_decay,
         normalize_groups=settings.normalize_groups,

@@ -135,6 +135,10 @@ class Generator:
 
     def log_probs(self, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens"]:
         """log π of every written token, given the prompt and what came before."""
+        return token_log_probs(self.logits(rollouts), rollouts.token_ids)
+
+    def logits(self, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens vocabulary"]:
+        """What every written token was drawn from: the logits of π, at the sampling temperature."""
         mask = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.token_mask)], dim=1).long()
         first = rollouts.prompt_ids.shape[1] - 1  # The position that predicts the first written token.
         logits = self.model(
@@ -144,12 +148,7 @@ class Generator:
             logits_to_keep=torch.arange(first, first + rollouts.token_ids.shape[1], device=mask.device),
             use_cache=False,
         ).logits
-        losses = F.cross_entropy(
-            rearrange(logits / self.temperature, "rollouts tokens vocabulary -> (rollouts tokens) vocabulary"),
-            rearrange(rollouts.token_ids, "rollouts tokens -> (rollouts tokens)"),
-            reduction="none",
-        )
-        return -rearrange(losses, "(rollouts tokens) -> rollouts tokens", rollouts=len(mask))
+        return logits / self.temperature
 
     def _chat_ids(self, prompt: str) -> list[int]:
         def within_template(content: str) -> list[int]:
@@ -176,6 +175,18 @@ class Generator:
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.eos_token_id,
         )
+
+
+def token_log_probs(
+    logits: Float[Tensor, "rollouts tokens vocabulary"], token_ids: Int[Tensor, "rollouts tokens"]
+) -> Float[Tensor, "rollouts tokens"]:
+    """The log-probability of each token under its logits."""
+    losses = F.cross_entropy(
+        rearrange(logits, "rollouts tokens vocabulary -> (rollouts tokens) vocabulary"),
+        rearrange(token_ids, "rollouts tokens -> (rollouts tokens)"),
+        reduction="none",
+    )
+    return -rearrange(losses, "(rollouts tokens) -> rollouts tokens", rollouts=len(token_ids))
 
 
 def _joined(parts: list[Rollouts], end: int) -> Rollouts:

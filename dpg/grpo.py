@@ -21,6 +21,7 @@ class GrpoConfig:
         updates_per_step: optimizer updates that share a step's rollouts.
         clip_range: how far a token's probability ratio may move the loss.
         kl_coefficient: weight of the penalty for leaving the initial generator; 0 keeps no copy of it.
+        entropy_coefficient: weight of a bonus for the entropy of what the next token is drawn from.
         max_grad_norm: of the generator's gradient.
         weight_decay: of AdamW on the generator.
         microbatch_size: rollouts whose log-probabilities are computed at a time; None for all of an update. Changes
@@ -36,6 +37,7 @@ class GrpoConfig:
     updates_per_step: int = 1
     clip_range: float = 0.2
     kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     normalize_groups: bool = True
@@ -111,6 +113,13 @@ def kl_estimate(
     """KL(π ‖ reference) per token, by the estimator r − 1 − log r with r = reference / π [shao2024]: never negative."""
     log_ratio = reference - log_probs
     return _token_mean(log_ratio.exp() - 1 - log_ratio, mask)
+
+
+def mean_entropy(
+    logits: Float[Tensor, "rollouts tokens vocabulary"], mask: Bool[Tensor, "rollouts tokens"]
+) -> Float[Tensor, ""]:
+    """The entropy of the distribution of each token in nats, averaged over all written tokens."""
+    return _token_mean(torch.special.entr(logits.softmax(dim=2)).sum(dim=2), mask)
 
 
 def _token_mean(values: Float[Tensor, "rollouts tokens"], mask: Bool[Tensor, "rollouts tokens"]) -> Float[Tensor, ""]:

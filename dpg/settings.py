@@ -79,6 +79,7 @@ class Settings:
     updates_per_step: int = 4
     clip_range: float = 0.2
     kl_coefficient: float = 0.03
+    entropy_coefficient: float = 0.0
     max_grad_norm: float = 1.0
     weight_decay: float = 0.0
     normalize_groups: bool = True
@@ -99,7 +100,14 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}. Pass a number above 0.")
-        for name in ("inner_eps", "inner_eps_root", "inner_weight_decay", "weight_decay", "kl_coefficient"):
+        for name in (
+            "inner_eps",
+            "inner_eps_root",
+            "inner_weight_decay",
+            "weight_decay",
+            "kl_coefficient",
+            "entropy_coefficient",
+        ):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}. Pass a number of at least 0.")
         if self.lora_rank is not None and self.lora_rank < 1:

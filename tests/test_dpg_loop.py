@@ -212,6 +212,40 @@ def test_the_first_steps_are_those_of_a_loop(monkeypatch, kl_coefficient):
     assert largest_difference(trained, parameters(chosen.model)) <= 1e-9
 
 
+@pytest.mark.parametrize("microbatch_size", [1, 3, 8])
+def test_micro_batches_of_the_policy_change_no_number_but_by_rounding(microbatch_size):
+    config = replace(CONFIG, num_steps=1, kl_coefficient=0.1, entropy_coefficient=0.2)
+    whole, records, _ = finished(config=config, validation=None)
+    cut, others, _ = finished(config=replace(config, microbatch_size=microbatch_size), validation=None)
+    assert others[0].kl == pytest.approx(records[0].kl, rel=1e-9)
+    # As above: Adam may turn rounding into updates of lr · 1e-9.
+    assert largest_difference(whole, cut) <= 1e-9
+
+
+def test_the_entropy_bonus_is_the_gradient_of_the_written_out_entropy(monkeypatch):
+    calls = recorded_samples(monkeypatch)
+    config = replace(CONFIG, num_steps=1, updates_per_step=1, max_grad_norm=1e9, entropy_coefficient=0.4)
+    trained, _, _ = finished(config=config, validation=None)
+    plain, _, _ = finished(config=replace(config, entropy_coefficient=0.0), validation=None)
+    assert largest_difference(trained, plain) > 1e-4
+    (_, rollouts), chosen = calls[0], generator()
+    rewards = reward()(rollouts.texts).reshape(4, 2)
+    terms = []
+    for row in range(8):
+        pair, spread = rewards[row // 2], rewards.std()
+        advantage = (pair[row % 2] - pair.mean()) / spread / (pair.std() / spread + 1e-6)
+        log_probs = written_log_probs(chosen, rollouts, row)
+        prompt = rollouts.prompt_ids[row][rollouts.prompt_mask[row]].tolist()
+        written = rollouts.token_ids[row][rollouts.token_mask[row]].tolist()
+        logits = chosen.model(torch.tensor([prompt + written]), use_cache=False).logits[0]
+        p = logits[len(prompt) - 1 : -1].softmax(dim=1)
+        terms.append(-advantage * (log_probs - log_probs.detach()).exp() + 0.4 * (p * p.log()).sum(dim=1))
+    optimizer = torch.optim.AdamW(chosen.model.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    torch.cat(terms).mean().backward()
+    optimizer.step()
+    assert largest_difference(trained, parameters(chosen.model)) <= 1e-9
+
+
 def test_write_returns_as_many_texts_as_asked():
     torch.manual_seed(0)
     texts = write(generator(), ["a", "b"], 5, batch_size=4)
