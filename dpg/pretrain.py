@@ -139,8 +139,8 @@ def pretrain_languages(out: Path, seed: int, vocabulary: int, epochs: float, tex
     tokenizer = train_tokenizer(documents, vocabulary)
     stream = make_stream(documents, tokenizer)
     print(f"{len(documents)} documents, {len(stream)} tokens")
-    # The target reads all once: a metric of its loss should have somewhere to go. A window holds most documents whole.
-    for name, make, passes in (("generator", make_generator, epochs), ("target", make_target, 1.0)):
+    # The target reads less: a metric of its loss should have somewhere to go. A window holds most documents whole.
+    for name, make, passes in (("generator", make_generator, epochs), ("target", make_target, 2 * epochs / 3)):
         _train_and_write(make(tokenizer), tokenizer, stream, passes, out / name, window=POSITIONS)
 
 
@@ -157,7 +157,7 @@ def multilingual_models() -> Path:
         print(f"making the multilingual models, once: {folder}", flush=True)
         with torch.random.fork_rng():
             partial = folder.with_name(f"multilingual-{os.getpid()}")
-            pretrain_languages(partial, seed=0, vocabulary=4096, epochs=3.0)
+            pretrain_languages(partial, seed=0, vocabulary=2048, epochs=3.0)
             partial.replace(folder)
     return folder
 
@@ -193,9 +193,9 @@ if __name__ == "__main__":
     parser.add_argument("kind", nargs="?", choices=["documentation", "languages"], default="documentation")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocabulary", type=int, help="number of tokens (1024; for languages 4096)")
+    parser.add_argument("--vocabulary", type=int, help="number of tokens (1024; for languages 2048)")
     parser.add_argument(
-        "--epochs", type=float, default=3.0, help="passes over the corpus (the languages' target makes one)"
+        "--epochs", type=float, default=3.0, help="passes over the corpus (the languages' target makes two thirds)"
     )
     parser.add_argument(
         "--texts", type=Path, help="for languages: a folder with en.txt, de.txt, es.txt, fr.txt, it.txt"
@@ -204,7 +204,7 @@ if __name__ == "__main__":
     try:
         if arguments.kind == "languages":
             pretrain_languages(
-                arguments.out, arguments.seed, arguments.vocabulary or 4096, arguments.epochs, arguments.texts
+                arguments.out, arguments.seed, arguments.vocabulary or 2048, arguments.epochs, arguments.texts
             )
         else:
             pretrain(arguments.out, arguments.seed, arguments.vocabulary or 1024, arguments.epochs)

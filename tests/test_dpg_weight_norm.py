@@ -38,7 +38,7 @@ def test_phi_and_figures_are_the_sum_of_squares(name):
     params = scaled(model, name or HEAD, -1.5)
     initial = norm_by_hand(model.get_parameter(name or HEAD))
     assert float(bound.phi(params)) == pytest.approx(-1.5 * initial, rel=1e-13)
-    wanted = {"norm": 1.5 * initial, "norm_change": 0.5 * initial}
+    wanted = {"norm": 1.5 * initial, "norm_drop": -0.5 * initial}
     assert bound.measure(params) == pytest.approx(wanted, rel=1e-12)
 
 
@@ -46,7 +46,7 @@ def test_other_parameters_do_not_count():
     model = gpt2()
     bound = WeightNorm(HIDDEN).bind(model, letters())
     params = {name: p if name == HIDDEN else p + 1 for name, p in parameters(model).items()}
-    assert bound.measure(params)["norm_change"] == 0.0
+    assert bound.measure(params)["norm_drop"] == 0.0
 
 
 def test_the_head_of_a_tied_model_is_its_embedding():
@@ -62,7 +62,7 @@ def test_the_change_is_from_the_model_as_it_was_when_bound():
     bound = WeightNorm().bind(model, letters())
     with torch.no_grad():
         model.lm_head.weight.mul_(3)
-    assert bound.measure(params)["norm_change"] == 0.0
+    assert bound.measure(params)["norm_drop"] == 0.0
 
 
 def test_a_change_below_float32_is_seen():
@@ -76,7 +76,7 @@ def test_a_change_below_float32_is_seen():
     wanted = math.sqrt(squares) - math.sqrt(2000)
     assert 0 < wanted < 1e-8 * math.sqrt(2000)
     # Two square roots of 45 in double precision differ by their last bits: 1e-14.
-    assert bound.measure({"weight": moved})["norm_change"] == pytest.approx(wanted, abs=2e-14)
+    assert bound.measure({"weight": moved})["norm_drop"] == pytest.approx(-wanted, abs=2e-14)
 
 
 def test_figures_carry_no_graph():
