@@ -100,14 +100,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}. Pass a number above 0.")
-        for name in (
-            "inner_eps",
-            "inner_eps_root",
-            "inner_weight_decay",
-            "weight_decay",
-            "kl_coefficient",
-            "entropy_coefficient",
-        ):
+        rates = ("inner_eps", "inner_eps_root", "inner_weight_decay", "weight_decay")
+        for name in (*rates, "kl_coefficient", "entropy_coefficient"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}. Pass a number of at least 0.")
         if self.lora_rank is not None and self.lora_rank < 1:

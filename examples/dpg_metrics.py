@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dpg.build import MODELS
-from dpg.held_out import HeldOutLoss
+from dpg.metrics import HeldOutLoss
 
 TOKENIZER = AutoTokenizer.from_pretrained(MODELS / "target")
 FILE, OBJECT = (TOKENIZER(word)["input_ids"][0] for word in (" file", " object"))

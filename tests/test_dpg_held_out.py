@@ -6,7 +6,7 @@ from dpg_problems import MODELS, TEXTS, gpt2, ids_of, letters, next_token_log_pr
 from transformers import PreTrainedTokenizerFast
 
 import metagrad as mg
-from dpg.held_out import HeldOutLoss
+from dpg.metrics import HeldOutLoss
 from dpg.reward import MetagradReward
 
 HELD_OUT = ["abcab", "hgfedcba", "jd", "eifj", "kkbkk"]

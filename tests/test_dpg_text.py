@@ -126,3 +126,13 @@ def test_an_end_that_the_tokenizer_adds_is_not_doubled():
 def test_one_string_is_not_a_list_of_texts():
     with pytest.raises(ValueError, match="list of at least one string, but got 'abc'"):
         encode("abc", letters(), sequence_length=5)
+
+
+def test_a_text_begins_behind_the_begin_token_if_asked():
+    data = encode(["abc", "", "abcdefg"], letters(), sequence_length=5, train_bos=True)  # No begin token: the end's.
+    assert data["input_ids"].tolist() == [[END, 0, 1, 2, END], [END, END, END, END, END], [END, 0, 1, 2, 3]]
+    # An empty text teaches to end at once.
+    assert data["labels"].tolist() == [[END, 0, 1, 2, END], [END, END, NO, NO, NO], [END, 0, 1, 2, 3]]
+    own = PreTrainedTokenizerFast(tokenizer_object=letters().backend_tokenizer, bos_token="k", eos_token="<end>")
+    assert encode(["abc"], own, 9, train_bos=True)["input_ids"].tolist() == [[10, 0, 1, 2, END]]
+    assert encode(["kabc"], own, 9, train_bos=True)["input_ids"].tolist() == [[10, 0, 1, 2, END]]  # Not doubled.

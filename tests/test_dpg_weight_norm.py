@@ -7,8 +7,8 @@ import torch
 from dpg_problems import ADAMW, TEXTS, gpt2, letters, parameters, same_bits, target, text_loss
 
 import metagrad as mg
+from dpg.metrics import WeightNorm
 from dpg.reward import MetagradReward
-from dpg.weight_norm import WeightNorm
 
 HEAD = "lm_head.weight"
 EMBEDDING = "transformer.wte.weight"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from dpg import languages
 from dpg.experiments.experiment import Experiment
-from dpg.held_out import HeldOutLoss
 from dpg.identify import is_language, probabilities
+from dpg.metrics import HeldOutLoss
 from dpg.prompts import read_prompts
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from dpg.experiments.experiment import Experiment
-from dpg.weight_norm import WeightNorm
+from dpg.metrics import WeightNorm
 
 
 @dataclass(frozen=True)

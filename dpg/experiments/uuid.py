@@ -6,7 +6,7 @@ from statistics import fmean
 from rapidfuzz.distance import Levenshtein
 
 from dpg.experiments.experiment import Experiment
-from dpg.held_out import HeldOutLoss
+from dpg.metrics import HeldOutLoss
 
 
 @dataclass(frozen=True)

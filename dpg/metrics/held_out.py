@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpg.metrics import Bound, Params, TargetMetric
+from dpg.metrics.metric import Bound, Params, TargetMetric
 from dpg.text import IGNORED, Batch, rows
 
 

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpg.metrics import Bound, Params, TargetMetric, head_name
+from dpg.metrics.metric import Bound, Params, TargetMetric, head_name
 
 
 @dataclass(frozen=True)
