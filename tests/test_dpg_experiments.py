@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from dpg_problems import gpt2, letters, parameters, prompt_file, tiny_preset, tiny_run
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpg import languages
@@ -13,6 +14,7 @@ from dpg.build import MODELS, build
 from dpg.experiments.custom import Custom
 from dpg.experiments.language import Language
 from dpg.experiments.norm import Norm
+from dpg.experiments.qr import Qr
 from dpg.experiments.uuid import Uuid
 from dpg.folder import RunFolder
 from dpg.metrics import bind
@@ -254,3 +256,30 @@ def test_the_examples_of_ones_own_metric_run(tmp_path, name):
     path = tiny_run(tmp_path, experiment="custom", function=f"{examples}:{name}")
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert all(record["reward_std"] > 0 for record in records[1:])
+
+
+def test_a_code_runs_and_is_read(tmp_path):
+    path = tiny_run(tmp_path, experiment="qr", num_calibration=200)
+    record = last_record(path)
+    assert record["val/scanned"] == 0.0 and 0 < record["val/pixel_accuracy"] < 1  # Two steps draw no code.
+    metric = Qr(text="DPG", version="M3").metric()
+    assert metric.image.shape == (15, 15)
+    assert metric.reading(metric.image) == {"scanned": 1.0} and metric.reading(-metric.image) == {"scanned": 0.0}
+    assert Qr(text="bit.ly/3Ka4jDS", version="1", error_correction="M").metric().image.shape == (21, 21)
+
+
+def test_any_picture_can_be_drawn(tmp_path):
+    pixels = torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=torch.uint8)
+    Image.fromarray(255 * pixels.numpy()).save(tmp_path / "picture.png")
+    path = tiny_run(tmp_path, experiment="qr", picture=str(tmp_path / "picture.png"), row=3, column=5)
+    assert "val/scanned" not in last_record(path) and last_record(path)["val/pixel_accuracy"] in [
+        i / 6 for i in range(7)
+    ]
+    assert Qr(picture=str(tmp_path / "picture.png")).metric().image.tolist() == [[1, -1, 1], [-1, -1, 1]]
+
+
+def test_a_code_too_large_for_its_version_or_the_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not fit a QR code of version 'M3'"):
+        Qr(text="a text too long for it", version="M3").metric()
+    with pytest.raises(ValueError, match="needs 65 tokens and 65 hidden dimensions, but the head has 1024 and 64"):
+        build(tiny_preset(tmp_path, "qr", version="12"))

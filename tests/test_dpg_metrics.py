@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from dpg_problems import gpt2, letters, parameters, target
+from dpg_problems import gpt2, letters, parameters, target, text_loss
 
 import dpg
 import metagrad as mg
@@ -140,6 +140,28 @@ def test_a_tied_head_is_refused_with_advice_that_can_be_followed():
 def test_the_head_is_found_by_its_name():
     assert head_name(gpt2()) == HEAD
     assert head_name(gpt2(tied=True)) == "transformer.wte.weight"
+
+
+def test_a_calibrated_strength_is_in_units_of_each_pixels_noise():
+    model, texts = gpt2(), ["abcab", "k", "hgfedcba", "bbfe", "cafe", "jiji"]
+    gradients = []
+    for text in texts:
+        weight = model.lm_head.weight
+        (gradient,) = torch.autograd.grad(text_loss(model, text, 48, 1.0), weight)
+        gradients.append([[float(gradient[1 + c, 2 + r]) for c in range(3)] for r in range(2)])
+    noise = torch.tensor(gradients).std(dim=0)
+    params, step = moved(model)
+    bound = WeightPattern(IMAGE, (2, 1), 7.0, calibration=texts).bind(model, letters())
+    total = 0.0
+    for r in range(2):
+        for c in range(3):
+            strength = 7.0 * float(noise.mean() / noise[r, c])
+            total -= math.log1p(math.exp(-strength * float(IMAGE[r, c] * step[1 + c, 2 + r])))
+    assert float(bound.phi(params)) == pytest.approx(total / 6, rel=1e-12)
+    with pytest.raises(ValueError, match="some pixels have the same gradient on all 2 texts"):
+        WeightPattern(IMAGE, calibration=["abc", "abc"]).bind(model, letters())
+    with pytest.raises(ValueError, match="Pass two or more, or none"):
+        WeightPattern(IMAGE, calibration=["abc"])
 
 
 def test_any_function_of_the_parameters_is_a_metric():

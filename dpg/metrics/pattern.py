@@ -1,7 +1,7 @@
 """A picture in the signs of the weights' update."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpg.metrics.metric import Bound, Params, TargetMetric, head, head_name
+from dpg.text import IGNORED, encode
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,12 +20,15 @@ class WeightPattern(TargetMetric):
 
         Φ = −mean over pixels of softplus(−strength · image · ΔW),   ΔW = (W_T − W_0) at the patch
 
-    Image rows are hidden dimensions and columns are token ids, both from `offset` on.
+    Image rows are hidden dimensions and columns are token ids, both from `offset` on. Weights of rare tokens move less
+    than others, so with `calibration` each pixel has a strength of its own: `strength` in units of the pixel's noise,
+    the standard deviation of its gradient from text to text, relative to the mean over pixels.
 
     Args:
         image: +1 (white, the weight must rise) and −1 (black), shape (rows, columns).
         offset: first hidden dimension and first token id of the patch.
         strength: sharpness of the softplus, per unit of weight.
+        calibration: texts that give each pixel's noise; none for one strength.
         reading: further figures of the signs of ΔW, for instance whether a code can be scanned.
 
     Raises:
@@ -34,6 +38,7 @@ class WeightPattern(TargetMetric):
     image: Float[Tensor, "rows columns"]
     offset: tuple[int, int] = (0, 0)
     strength: float = 20.0
+    calibration: list[str] = field(default_factory=list, repr=False)
     reading: Callable[[Float[Tensor, "rows columns"]], dict[str, float]] = lambda signs: {}
 
     def __post_init__(self) -> None:
@@ -43,6 +48,8 @@ class WeightPattern(TargetMetric):
             raise ValueError(f"the image, of shape {tuple(self.image.shape)}, must be a matrix of +1 and -1 only.")
         if not self.strength > 0:
             raise ValueError(f"`strength` is {self.strength}. Pass a number above 0.")
+        if len(self.calibration) == 1:
+            raise ValueError("`calibration` has one text, and noise is how texts differ. Pass two or more, or none.")
         if min(self.offset) < 0:
             raise ValueError(f"`offset` is {self.offset}. Pass two numbers of at least 0.")
 
@@ -50,9 +57,10 @@ class WeightPattern(TargetMetric):
         name = head_name(model)
         initial = self._patch(_checked_head(model, self)).detach().clone()
         image = self.image.to(initial)
+        strength = self.strength / self._relative_noise(model, tokenizer) if self.calibration else self.strength
 
         def phi(params: Params) -> Float[Tensor, ""]:
-            return -F.softplus(-self.strength * image * (self._patch(params[name]) - initial)).mean()
+            return -F.softplus(-strength * image * (self._patch(params[name]) - initial)).mean()
 
         def measure(params: Params) -> dict[str, float]:
             update = (self._patch(params[name]) - initial).detach()
@@ -63,6 +71,33 @@ class WeightPattern(TargetMetric):
     def update(self, model: PreTrainedModel, params: Params) -> Float[Tensor, "rows columns"]:
         """ΔW at the patch, in the layout of the image."""
         return (self._patch(params[head_name(model)]) - self._patch(head(model))).detach()
+
+    @torch.no_grad()
+    def _relative_noise(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> Float[Tensor, "rows columns"]:
+        """The standard deviation over texts of the gradient at each pixel, over its mean over pixels."""
+        (row, column), (rows, columns) = self.offset, self.image.shape
+        positions = getattr(model.config, "max_position_embeddings", None) or 128
+        gradients = []
+        for start in range(0, len(self.calibration), 64):
+            batch = encode(self.calibration[start : start + 64], tokenizer, min(positions, 128))
+            inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+            found = model(**inputs, output_hidden_states=True)
+            # At the head the gradient of a text is Σ over tokens of (p − onehot) hiddenᵀ.
+            errors = found.logits[:, :-1].softmax(dim=2)[:, :, column : column + columns]
+            following = rearrange(batch["labels"][:, 1:].to(model.device), "texts tokens -> texts tokens 1")
+            errors = errors - (following == torch.arange(column, column + columns, device=model.device)).to(errors)
+            errors = errors * (following != IGNORED)
+            hidden = found.hidden_states[-1][:, :-1, row : row + rows]
+            gradients.append(torch.einsum("ntr,ntc->nrc", hidden, errors))
+        noise = torch.cat(gradients).std(dim=0)
+        if not bool((noise > 0).all()):
+            raise ValueError(
+                f"some pixels have the same gradient on all {len(self.calibration)} texts, so their noise is unknown. "
+                "Pass more texts: tokens of the patch are rare."
+            )
+        return noise / noise.mean()
 
     def _patch(self, weight: Float[Tensor, "vocabulary hidden"]) -> Float[Tensor, "rows columns"]:
         (row, column), (rows, columns) = self.offset, self.image.shape
