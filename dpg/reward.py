@@ -84,7 +84,9 @@ class MetagradReward(Reward):
 
     def score(self, texts: list[str], group_size: int | None = None) -> Scores:
         if self.cross_group:
-            return self._score_together(texts)
+            # Rewards of one prompt's texts are compared with each other, and what a text is worth depends on the inner
+            # step that it is in: so they share one.
+            return self._score_together(texts, group_size or 1)
         runs = [self._score_together(part) for part in inverse_groups(texts, group_size)]
         return Scores(interleaved([run.rewards for run in runs]), fmean(run.phi for run in runs), runs[0].params)
 
@@ -92,13 +94,13 @@ class MetagradReward(Reward):
         """Φ of trained parameters."""
         return self.judge.phi(params)
 
-    def _score_together(self, texts: list[str]) -> Scores:
+    def _score_together(self, texts: list[str], group_size: int = 1) -> Scores:
         phi = self.judge.bound.phi
         result = mg.metagradient(
             lambda state: phi(state.params),
             self.target.step,
             self.target.model,
-            self.target.batches(texts),
+            self.target.batches(texts, group_size),
             self.target.weights(texts),
             schedule=self.schedule,
         )

@@ -1,9 +1,11 @@
 """The model that trains on generated texts. Its training is a pure function: the model itself is never changed."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from torch.func import functional_call
@@ -62,13 +64,21 @@ class Target:
             mg.weighted(self._losses), self.optimizer, microbatch_size=self.microbatch_size, clip_norm=self.clip_norm
         )
 
-    def batches(self, texts: list[str]) -> list[Batch]:
-        """The inner steps' batches; `index` is the position of each text in `texts`."""
+    def batches(self, texts: list[str], group_size: int = 1) -> list[Batch]:
+        """The inner steps' batches; `index` is the position of each text in `texts`.
+
+        Args:
+            texts: in groups of `group_size` that stand together.
+            group_size: groups stay together where they fit: they are shuffled, their texts are not.
+        """
         encoded = encode(
             texts, self.tokenizer, self.sequence_length, train_eos=self.train_eos, train_bos=self.train_bos
         )
         data = {key: value.to(self.model.device) for key, value in encoded.items()}
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.data_seed))
+        num_groups = math.ceil(len(texts) / group_size)
+        groups = torch.randperm(num_groups, generator=torch.Generator().manual_seed(self.data_seed))
+        order = (rearrange(groups, "groups -> groups 1") * group_size + torch.arange(group_size)).flatten()
+        order = order[order < len(texts)]
         return [rows(data, chosen.to(self.model.device)) for chosen in order.split(self.inner_batch_size)]
 
     def weights(self, texts: list[str]) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """Texts become examples: padding is never trained on, the end of a text is, and every example keeps its number."""
 
+import copy
+
 import pytest
 import torch
 from dpg_problems import END, LETTERS, TEXTS, gpt2, ids_of, letters, target, text_loss
@@ -66,6 +68,16 @@ def test_every_text_is_in_one_batch_under_its_own_index(texts, size, seed):
             assert [label for label in batch["labels"][row].tolist() if label != NO] == wanted
 
 
+@given(size=st.integers(1, 9), group=st.integers(1, 4), groups=st.integers(1, 6))
+def test_groups_are_shuffled_and_their_texts_are_not(size, group, groups):
+    chosen = target(mg.optim.sgd(0.1), inner_batch_size=size)
+    batches = chosen.batches([LETTERS[i % 11] for i in range(group * groups)], group)
+    order = [int(i) for batch in batches for i in batch["index"]]
+    found = [order[i : i + group] for i in range(0, len(order), group)]
+    assert sorted(found) == [list(range(i, i + group)) for i in range(0, group * groups, group)]
+    assert all(len(batch["index"]) == size for batch in batches[:-1])
+
+
 def test_the_data_seed_alone_decides_the_order():
     def order(seed):
         return [batch["index"].tolist() for batch in target(mg.optim.sgd(0.1), data_seed=seed).batches(TEXTS)]
@@ -116,7 +128,7 @@ def test_a_tokenizer_without_an_end_token():
 
 
 def test_an_end_that_the_tokenizer_adds_is_not_doubled():
-    tokenizer = letters()
+    tokenizer = copy.deepcopy(letters())  # The one that all tests share stays as it is.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"$A {tokenizer.eos_token}", special_tokens=[(tokenizer.eos_token, END)]
     )
