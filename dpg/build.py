@@ -51,7 +51,7 @@ def build(preset: Preset) -> Parts:
     config.check(shuffled[num_validation:])
     generator = _generator(settings)
     generator.encode(shuffled)
-    judge = Judge(_target(settings), experiment.metric(), experiment.measure_texts)
+    judge = Judge(load_target(settings), experiment.metric(), experiment.measure_texts)
     return Parts(
         generator,
         judge,
@@ -90,12 +90,17 @@ def _adapted(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
 
 
-def _target(settings: Settings) -> Target:
+def load_target(settings: Settings) -> Target:
+    """The model that trains on texts, and how.
+
+    Raises:
+        ValueError: if it is not there, or does not fit the settings.
+    """
     model, tokenizer = load_model(_source(settings.target, "target"), untie=settings.untie_head)
     return Target(
         model.to(settings.device),
         tokenizer,
-        _optimizer(settings),
+        inner_optimizer(settings),
         inner_batch_size=settings.inner_batch_size,
         sequence_length=settings.sequence_length,
         train_eos=settings.train_eos,
@@ -106,7 +111,8 @@ def _target(settings: Settings) -> Target:
     )
 
 
-def _optimizer(settings: Settings) -> mg.optim.GradientTransformation:
+def inner_optimizer(settings: Settings) -> mg.optim.GradientTransformation:
+    """The optimizer of the target's training."""
     if settings.inner_optimizer == "sgd":
         return mg.optim.sgd(lr=settings.inner_lr)
     return mg.optim.adamw(

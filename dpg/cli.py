@@ -1,4 +1,4 @@
-"""The command line: `dpg run`, `verify`, `compare`, `transfer` and `list`."""
+"""The command line: `dpg run`, `verify`, `compare`, `transfer`, `fidelity`, `enumerate` and `list`."""
 
 import errno
 import os
@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,12 +78,8 @@ def compare(
 
     chosen = load(experiment, preset).changed(parse(set_ or []))
     names = [name for name in variants.split(",") if name] or list(chosen.variants)
-    try:
-        numbers = [int(seed) for seed in seeds.split(",")]
-    except ValueError:
-        raise ValueError(f"--seeds {seeds}: expected whole numbers with commas, as 0,1,2.") from None
     path = out or Path("runs") / f"compare-{experiment}"
-    run_comparison(chosen, names, numbers, path, jobs=jobs)
+    run_comparison(chosen, names, _numbers("--seeds", seeds, int), path, jobs=jobs)
     print((path / "table.md").read_text())
 
 
@@ -99,6 +95,52 @@ def transfer(
     for source, points in run_transfer(path, num_texts=texts).items():
         figures = "  ".join(f"{name} {value:.6g}" for name, value in points[-1].figures.items())
         print(f"{source:<24} after {points[-1].num_tokens} tokens: {figures}")
+
+
+@app.command()
+def fidelity(
+    path: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    texts: Annotated[int, typer.Option(help="Texts that the target trains on.")] = 128,
+    left_out: Annotated[int, typer.Option(help="Texts left out, one at a time.")] = 32,
+    changes: Annotated[int, typer.Option(help="Random changes of all weights.")] = 16,
+    spread: Annotated[float, typer.Option(help="Standard deviation of the changes.")] = 0.1,
+    inner_steps: Annotated[str, typer.Option(help="Numbers of inner steps, with commas.")] = "1,2,4",
+    lr_factors: Annotated[
+        str, typer.Option(help="Learning rates as multiples of the run's, with commas.")
+    ] = "0.1,1,10",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Compare a run's rewards with true changes of Φ: texts left out, weights changed, and the target trained again."""
+    from dpg.fidelity import fidelity as study
+    from dpg.fidelity_page import summary
+
+    cells = study(
+        path,
+        num_texts=texts,
+        num_left_out=left_out,
+        num_changes=changes,
+        spread=spread,
+        inner_steps=_numbers("--inner-steps", inner_steps, int),
+        lr_factors=_numbers("--lr-factors", lr_factors, float),
+        seed=seed,
+    )
+    print(summary(cells))
+    print(f"see {path / 'fidelity.md'}")
+
+
+@app.command("enumerate")
+def enumerate_gradients(
+    out: Annotated[Path, typer.Option(help="Folder.")] = Path("runs/enumeration"),
+    seed: Annotated[int, typer.Option(help="Of the tiny problem.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Compare the DPG gradient with the true policy gradient of a generator small enough to sum over all data sets."""
+    from dpg.enumeration import enumeration
+    from dpg.enumeration_page import summary
+
+    print(summary(enumeration(out, seed=seed)))
+    print(f"see {out / 'enumeration.md'}")
 
 
 @app.command("list")
@@ -123,6 +165,15 @@ def main() -> None:
             raise
         print(f"dpg: {_message(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """The numbers of an option, which commas separate."""
+    try:
+        return [kind(number) for number in text.split(",")]
+    except ValueError:
+        name = "whole numbers" if kind is int else "numbers"
+        raise ValueError(f"{option} {text}: expected {name} with commas, as 0,1,2.") from None
 
 
 def _message(error: Exception) -> str:

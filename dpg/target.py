@@ -85,9 +85,9 @@ class Target:
         """The metaparameters of training on `texts`: a weight of 1 for each."""
         return {"weights": torch.ones(len(texts), dtype=self.model.dtype, device=self.model.device)}
 
-    def fine_tune(self, texts: list[str]) -> Params:
-        """The parameters after training on `texts`, from the initial ones."""
-        meta = self.weights(texts)
+    def fine_tune(self, texts: list[str], weights: Float[Tensor, " texts"] | None = None) -> Params:
+        """The parameters after training on `texts`, from the initial ones; weights are 1 unless given."""
+        meta = self.weights(texts) if weights is None else {"weights": weights}
         state = self.step.init(self.model, meta)
         with torch.no_grad():
             for batch in self.batches(texts):
