@@ -6,7 +6,12 @@ from typing import Any
 _HOMES = {
     "Generator": "generator",
     "GrpoConfig": "grpo",
+    "Judge": "judge",
+    "LikenessReward": "baselines",
     "MetagradReward": "reward",
+    "NaiveReward": "baselines",
+    "RandomReward": "baselines",
+    "ShuffledReward": "baselines",
     "Target": "target",
     "Validation": "loop",
     "load_model": "target",

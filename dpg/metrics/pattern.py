@@ -114,7 +114,8 @@ def _checked_head(model: PreTrainedModel, pattern: WeightPattern) -> Tensor:
     if weight is model.get_input_embeddings().weight:
         raise ValueError(
             f"the LM head of {type(model).__name__} is tied to its embedding, and the pattern is drawn in a head of "
-            "its own. Load the model by `dpg.load_model(..., untie=True)`, or call `dpg.untie_head(model)`."
+            "its own. Load the model by `dpg.load_model(..., untie=True)`, call `dpg.untie_head(model)`, or pass "
+            "--set untie_head=true."
         )
     rows, columns = pattern.image.shape
     needed = (pattern.offset[1] + columns, pattern.offset[0] + rows)
