@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metagrad.attribution import spearman
+import metagrad as mg
 
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
@@ -68,7 +68,7 @@ def agreement(
         lower, upper = statistic(*samples).quantile(tails).tolist()
         return Interval(statistic(predicted[None], true[None]).item(), lower, upper)
 
-    return Agreement(predicted, true, interval(pearson), interval(spearman), interval(slope))
+    return Agreement(predicted, true, interval(pearson), interval(mg.attribution.spearman), interval(slope))
 
 
 def pearson(left: Float[Tensor, "rows n"], right: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:
