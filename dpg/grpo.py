@@ -79,11 +79,19 @@ def group_advantages(rewards: Float[Tensor, "prompts group"], *, normalize: bool
         normalize: also divide each group by its own standard deviation.
 
     Raises:
-        ValueError: if all rewards are equal, which leaves nothing to learn from.
+        ValueError: if a reward is NaN or infinite, or all are 0: then nothing that was written has anything to do with
+            the metric.
     """
+    if not bool(torch.isfinite(rewards).all()):
+        raise ValueError(f"a reward is not finite: {rewards.flatten().tolist()[:10]}.")
+    if not bool(rewards.any()):
+        raise ValueError(
+            f"all {rewards.numel()} rewards are 0: what was written has nothing to do with the metric. Is it about "
+            "weights that these texts can move?"
+        )
     spread = rewards.double().std()  # The square of a reward of 1e-20 is no float32.
-    if not spread > 0:
-        raise ValueError(f"all {rewards.numel()} rewards are {float(rewards.flatten()[0])}: nothing can be learned.")
+    if spread == 0:  # All texts are worth the same, as those of a generator that has learned one.
+        return torch.zeros_like(rewards)
     centred = (rewards - reduce(rewards, "prompts group -> prompts 1", "mean")) / spread.to(rewards.dtype)
     if not normalize:
         return centred

@@ -153,11 +153,15 @@ def test_a_validation_that_nobody_judges_is_refused():
     ("metric", "message"),
     [
         (lambda params: params["lm_head.weight"].square(), r"a tensor of shape \(12, 8\)"),
+        (
+            lambda params: params["lm_haed.weight"].sum(),
+            "asks for 'lm_haed.weight', which .* Close names are 'lm_head.w",
+        ),
         (lambda params: 1.0, "returned 1.0. Return a scalar tensor"),
         (lambda params: torch.tensor(3.0), "does not depend on the trained parameters"),
         (lambda params: params["lm_head.weight"].detach().sum(), "does not depend on the trained parameters"),
     ],
-    ids=["matrix", "number", "constant", "detached"],
+    ids=["matrix", "name", "number", "constant", "detached"],
 )
 def test_a_metric_that_cannot_be_differentiated_is_refused_before_training(metric, message):
     with pytest.raises(ValueError, match=message):

@@ -25,7 +25,7 @@ import torch
 
 
 def smaller(params):
-    return -params["lm_head.weight"].square().mean()
+    return -params["transformer.wte.weight"].square().mean()
 
 
 not_a_metric = 3
@@ -121,7 +121,7 @@ def test_a_language_without_texts_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("reward", ["naive", "shuffled", "random", "edit-distance", "embedding"])
 def test_every_reward_can_be_asked_for(tmp_path, reward):
-    path = tiny_run(tmp_path, experiment="uuid", reward=reward, num_steps=1)
+    path = tiny_run(tmp_path, experiment="uuid", reward=reward, num_steps=1, max_new_tokens=32)
     assert json.loads((path / "config.json").read_text())["reward"] == reward
     assert last_record(path)["reward_std"] > 0
 
@@ -148,7 +148,7 @@ def test_a_metric_of_ones_own_from_a_module(tmp_path, monkeypatch):
     (tmp_path / "a_module_of_mine.py").write_text(METRICS)
     monkeypatch.chdir(tmp_path)
     metric = Custom("a_module_of_mine:smaller").metric()
-    assert float(metric({"lm_head.weight": torch.tensor([[1.0, 3.0]])})) == -5.0
+    assert float(metric({"transformer.wte.weight": torch.tensor([[1.0, 3.0]])})) == -5.0
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_tensorboard_has_every_figure(tmp_path):
 
 @pytest.mark.parametrize("name", ["file_points_at_object", "sparse_layer", "recipes"])
 def test_the_examples_of_ones_own_metric_run(tmp_path, name):
-    examples = Path(__file__).parent.parent / "examples" / "dpg_metrics.py"
+    examples = Path(__file__).parent.parent / "examples" / "dpg" / "metrics.py"
     path = tiny_run(tmp_path, experiment="custom", function=f"{examples}:{name}")
     records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert all(record["reward_std"] > 0 for record in records[1:])

@@ -67,9 +67,21 @@ def test_a_group_whose_rewards_agree_learns_nothing():
     torch.testing.assert_close(advantages[1], torch.tensor([-1.0, 1.0]) / math.sqrt(2), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("value", [0.0, 2.5, math.nan])
-def test_equal_rewards_are_refused(value):
-    with pytest.raises(ValueError, match=f"all 6 rewards are {value}: nothing can be learned"):
+@pytest.mark.parametrize("normalize", [True, False])
+def test_texts_that_are_all_worth_the_same_teach_nothing(normalize):
+    assert group_advantages(torch.full((3, 2), -8.0), normalize=normalize).tolist() == [[0.0, 0.0]] * 3
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0.0, "all 6 rewards are 0: .* nothing to do with the metric"),
+        (math.nan, "not finite"),
+        (math.inf, "not finite"),
+    ],
+)
+def test_rewards_that_mean_nothing_are_refused(value, message):
+    with pytest.raises(ValueError, match=message):
         group_advantages(torch.full((3, 2), value), normalize=True)
 
 

@@ -251,7 +251,7 @@ def test_the_models_are_written_with_the_tokenizer_of_all_languages(folder, monk
 
     monkeypatch.setattr(pretrain, "train", train)
     pretrain.pretrain_languages(folder / "out", seed=0, vocabulary=400, epochs=8, texts=folder)
-    assert trained == [("LlamaForCausalLM", 8, 128), ("GPT2LMHeadModel", 1.0, 128)]
+    assert trained == [("LlamaForCausalLM", 8, 128), ("GPT2LMHeadModel", 16 / 3, 128)]
     for name in ("generator", "target"):
         model, tokenizer = load_model(str(folder / "out" / name))
         assert len(tokenizer) == model.config.vocab_size == 400

@@ -1,5 +1,6 @@
 """The parts that every metric shares: what one is, and how it meets a target."""
 
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
@@ -44,8 +45,16 @@ def bind(metric: TargetMetric | ParamsMetric, model: PreTrainedModel, tokenizer:
         ValueError: if it does not fit the model, is no scalar, or does not depend on the trained parameters.
     """
     bound = metric.bind(model, tokenizer) if isinstance(metric, TargetMetric) else Bound(metric, lambda params: {})
-    with torch.enable_grad():
-        value = bound.phi({name: p.detach().requires_grad_() for name, p in model.named_parameters()})
+    params = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
+    try:
+        with torch.enable_grad():
+            value = bound.phi(params)
+    except KeyError as error:
+        close = difflib.get_close_matches(str(error.args[0]), params, n=3, cutoff=0.3) or sorted(params)[:3]
+        raise ValueError(
+            f"the metric asks for {error}, which {type(model).__name__} does not train. Close names are "
+            f"{', '.join(map(repr, close))}. (A tied head has the name of the embedding: --set untie_head=true.)"
+        ) from error
     if not isinstance(value, Tensor) or value.ndim != 0:
         given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
         raise ValueError(f"the metric returned {given}. Return a scalar tensor: one number, higher is better.")

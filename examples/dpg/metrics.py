@@ -1,4 +1,4 @@
-"""Three metrics of one's own: `dpg run custom --metric examples/dpg_metrics.py:NAME`. See docs/custom.md."""
+"""Three metrics of one's own: `dpg run custom --metric examples/dpg/metrics.py:NAME`. See docs/custom.md."""
 
 from pathlib import Path
 
