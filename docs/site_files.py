@@ -12,8 +12,9 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the programs to the site's files."""
     root = Path(config.config_file_path).parent
     for folder in FOLDERS:
-        for path in sorted((root / folder).glob("*.py")):
-            files.append(File.generated(config, f"{folder}/{path.name}", content=path.read_text(encoding="utf-8")))
+        for path in sorted((root / folder).rglob("*.py")):
+            name = path.relative_to(root).as_posix()
+            files.append(File.generated(config, name, content=path.read_text(encoding="utf-8")))
     return files
 
 
