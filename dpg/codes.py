@@ -115,10 +115,11 @@ def scan(signs: Picture) -> str | None:
     """
     if signs.ndim != 2 or signs.numel() == 0 or not bool(torch.isfinite(signs).all()):
         raise ValueError(f"a picture of finite numbers, (rows, columns), was expected; got shape {tuple(signs.shape)}.")
-    found = zxingcpp.read_barcodes(
-        _enlarged(signs > 0), formats=FORMATS, try_invert=False, text_mode=zxingcpp.TextMode.Plain
-    )
-    return found[0].text if found else None
+    image = _enlarged(signs > 0)
+    options = {"formats": FORMATS, "try_invert": False, "text_mode": zxingcpp.TextMode.Plain}
+    # First as a photograph, in which a code must be found; then as a picture of a code and nothing else, which it is.
+    readings = (code for pure in (False, True) for code in zxingcpp.read_barcodes(image, is_pure=pure, **options))
+    return next((code.text for code in readings if code.valid), None)
 
 
 def _encode(

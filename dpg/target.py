@@ -1,12 +1,14 @@
 """The model that trains on generated texts. Its training is a pure function: the model itself is never changed."""
 
 import math
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -117,10 +119,11 @@ def load_model(source: str, *, untie: bool = False) -> tuple[PreTrainedModel, Pr
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
     except ImportError as error:
         raise ValueError(f"{source} needs a package: {error}. Try pip install 'metagrad[scale]'.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError, struct.error) as error:  # The last two of damaged files.
         raise ValueError(
             f"{source!r} is neither a folder with a causal language model and its tokenizer (config.json, "
-            f"model.safetensors, tokenizer.json) nor a model name that can be downloaded: {str(error).splitlines()[0]}"
+            "model.safetensors, tokenizer.json), nor a whole .gguf file, nor a model name that can be downloaded: "
+            f"{str(error).splitlines()[0]}"
         ) from error
     return (untie_head(model) if untie else model), tokenizer
 

@@ -1,6 +1,7 @@
 """Does the data go on working: a fresh target trained on far more of a run's texts than any reward ever saw."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ from transformers import AutoTokenizer
 
 from dpg.build import build
 from dpg.folder import RunFolder, RunFolderError
-from dpg.generator import Generator
 from dpg.loop import write
 from dpg.metrics import bind
 from dpg.preset import Preset, restore
@@ -52,9 +52,7 @@ def transfer(path: Path, *, num_texts: int = 16384, num_points: int = 12) -> dic
         raise ValueError(f"{num_texts} texts are less than one step of {settings.inner_batch_size}. Pass more.")
     parts = build(preset)
     model, tokenizer = load_model(str(path / "generator"))
-    trained = Generator(
-        model.to(settings.device), tokenizer, settings.max_prompt_tokens, settings.max_new_tokens, settings.temperature
-    )
+    trained = replace(parts.generator, model=model.to(settings.device), tokenizer=tokenizer)
     prompts, prose = parts.validation.prompts, parts.validation.prompts + parts.prompts
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
