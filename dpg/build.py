@@ -26,12 +26,13 @@ NUM_VALIDATION_PROMPTS = 256
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of."""
+    """What a run is made of; `prose` are all prompts without the instruction, those of the validation first."""
 
     generator: Generator
     judge: Judge
     reward: Reward
     prompts: list[str]
+    prose: list[str]
     validation: Validation
     config: GrpoConfig
 
@@ -43,23 +44,49 @@ def build(preset: Preset) -> Parts:
         ValueError: if something is not there, or does not fit.
     """
     experiment, settings = preset.experiment, preset.settings
+    _refuse_missing_device(settings.device)
     prompts = _prompts(settings.prompts)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    shuffled = [settings.instruction + prompts[i] for i in order]
+    prose = [prompts[i] for i in order]
+    shuffled = [settings.instruction + prompt for prompt in prose]
     num_validation = min(NUM_VALIDATION_PROMPTS, max(len(prompts) // 5, 1))
     config = _grpo(settings)
     config.check(shuffled[num_validation:])
     generator = _generator(settings)
     generator.encode(shuffled)
     judge = Judge(load_target(settings), experiment.metric(), experiment.measure_texts)
+    for text in experiment.whole_texts():
+        _refuse_too_long(text, generator, judge.target)
     return Parts(
         generator,
         judge,
         _reward(settings, experiment, judge),
         shuffled[num_validation:],
+        prose,
         Validation(shuffled[:num_validation], settings.validation_texts, settings.validate_every),
         config,
     )
+
+
+def _refuse_missing_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch was built without it; there is none; no such name.
+        raise ValueError(
+            f"device={name} cannot be used here: {str(error).splitlines()[0]} "
+            "Pass cpu, or cuda where there is a GPU and a torch built for it."
+        ) from error
+
+
+def _refuse_too_long(text: str, generator: Generator, target: Target) -> None:
+    """Raise a ValueError if the generator cannot write all of `text`, or the target not train on all of it."""
+    written = len(generator.tokenizer(text, add_special_tokens=False)["input_ids"])
+    trained = len(target.tokenizer(text)["input_ids"]) + target.train_bos
+    if written > generator.max_new_tokens or trained > target.sequence_length:
+        raise ValueError(
+            f"{text!r} has {written} tokens to write and {trained} to train on, but `max_new_tokens` is "
+            f"{generator.max_new_tokens} and `sequence_length` {target.sequence_length}. Raise them to these at least."
+        )
 
 
 def _generator(settings: Settings) -> Generator:
@@ -114,7 +141,7 @@ def load_target(settings: Settings) -> Target:
 def inner_optimizer(settings: Settings) -> mg.optim.GradientTransformation:
     """The optimizer of the target's training."""
     if settings.inner_optimizer == "sgd":
-        return mg.optim.sgd(lr=settings.inner_lr)
+        return mg.optim.sgd(lr=settings.inner_lr, weight_decay=settings.inner_weight_decay)
     return mg.optim.adamw(
         lr=settings.inner_lr,
         betas=(settings.inner_beta1, settings.inner_beta2),

@@ -179,8 +179,13 @@ def _numbers(option: str, text: str, kind: type[int] | type[float]) -> list[Any]
 def _message(error: Exception) -> str:
     """One line for a person; an error nobody foresaw says its kind and how to see more."""
     if os.strerror(errno.ENOSPC) in str(error):  # Not every library says so with an OSError.
-        return f"the disk is full ({error}). What was written before is intact: free some space, then use --resume."
-    return " ".join(str(error).split()) or f"{type(error).__name__} (--debug shows where)"
+        return f"the disk is full ({error}). What was written before is intact: free some space. A run has --resume."
+    text, kind = " ".join(str(error).split()), type(error)
+    if text and (
+        kind is ValueError or isinstance(error, OSError) or kind.__module__.split(".")[0] in ("dpg", "metagrad")
+    ):
+        return text
+    return f"{kind.__name__}: {text} (--debug shows where)"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from rich.progress import track
 
 from dpg.folder import RunFolder, RunFolderError
 from dpg.preset import Preset
+from dpg.pretrain import multilingual_models
 from dpg.report import table, words
 from dpg.verify import SOURCES, ordinary_trial
 
@@ -69,6 +70,8 @@ def compare(preset: Preset, variants: Sequence[str], seeds: Sequence[int], path:
         raise ValueError(f"{len(variants)} variants, {len(seeds)} seeds and {jobs} jobs: none may be less than 1.")
     changed = {name: preset.changed(preset.variants[name]) for name in variants}  # An error comes before any run.
     _claim(path, preset)
+    if "multilingual" in (preset.settings.generator, preset.settings.target):
+        multilingual_models()  # Once, and not by every job.
     runs = {(name, seed): changed[name].changed({"seed": seed}) for name in variants for seed in seeds}
     with ThreadPoolExecutor(jobs) as pool:
         started = [pool.submit(_run, path / f"{name}-{seed}", run) for (name, seed), run in runs.items()]
@@ -113,7 +116,8 @@ def write(path: Path, preset: Preset, rows: Sequence[Row]) -> None:
             continue
         sd = pooled_sd(row, control)
         distance = (row.mean - control.mean) / sd if sd > 0 else math.nan
-        lines.append([*cells, _rounded(distance, ".1f"), "yes" if is_above(row, control) else "no"])
+        verdict = "–" if math.isnan(sd) else "yes" if is_above(row, control) else "no"  # One seed each proves nothing.
+        lines.append([*cells, _rounded(distance, ".1f"), verdict])
     name = "none" if control is None else control.name
     head = ["reward", words(figure), "sd", "seeds", "pooled sd above", f"more than {NUM_SDS:g}"]
     page = (
@@ -156,7 +160,7 @@ def _run(path: Path, preset: Preset) -> None:
     """Start, continue or skip one run, in a process of its own."""
     if (path / "report.md").exists():
         return
-    file = path.with_suffix(".yaml")
+    file, log_file = (path.with_name(f"{path.name}.{kind}") for kind in ("yaml", "log"))
     file.write_text(preset.text(), encoding="utf-8")
     resume = ["--resume"] if (path / "checkpoint.pt").exists() else []
     if not resume and (path / "config.json").exists():
@@ -165,11 +169,11 @@ def _run(path: Path, preset: Preset) -> None:
     command = [sys.executable, "-m", "dpg.cli", "run", preset.experiment.name, "--preset", file, "--out", path]
     # One thread: several runs with several threads each would spin against one another.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with path.with_suffix(".log").open("a") as log:
+    with log_file.open("a") as log:
         done = subprocess.run([*command, *resume], stdout=log, stderr=subprocess.STDOUT, env=environment)
     if done.returncode:
-        last = path.with_suffix(".log").read_text().splitlines()[-1:]
-        raise RunFolderError(f"{path} failed: {' '.join(last)}. The rest of it is in {path.with_suffix('.log')}.")
+        last = log_file.read_text().splitlines()[-1:]
+        raise RunFolderError(f"{path} failed: {' '.join(last)}. The rest of it is in {log_file}.")
 
 
 def _rows(path: Path, preset: Preset, variants: Sequence[str], seeds: Sequence[int]) -> list[Row]:

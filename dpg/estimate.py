@@ -48,14 +48,17 @@ def estimate(parts: Parts, settings: Settings) -> Estimate:
     """The estimate of a run of `parts`."""
     generator, target = parts.generator.model, parts.judge.target.model
     batch = settings.prompts_per_step * settings.group_size
-    num_inner_steps = math.ceil(batch / settings.inner_batch_size)
-    num_validations = settings.num_steps // settings.validate_every + 1
+    num_inner_steps = _num_inner_steps(settings)
+    num_validations = len({*range(0, settings.num_steps, settings.validate_every), settings.num_steps})
     length = settings.max_prompt_tokens + settings.max_new_tokens
     forwards = 1 + 1 + (settings.kl_coefficient > 0) + 3  # sampling, old and reference log-probabilities, update
     written = 2 * _num_parameters(generator) * length  # operations of one forward pass over one text
     trained = 2 * _num_parameters(target) * settings.sequence_length
     # With one inner step a gradient and a forward-mode pass; else the replay, a gradient and its derivative too.
-    target_forwards = 6 if num_inner_steps == 1 else 15
+    metagradient_forwards = 6 if num_inner_steps == 1 else 15
+    target_forwards = {"metagradient": metagradient_forwards, "shuffled": metagradient_forwards, "naive": 3}.get(
+        settings.reward, 0
+    )
     num_validated = num_validations * settings.validation_texts
     flops = settings.num_steps * batch * (forwards * written + target_forwards * trained)
     flops += num_validated * (written + 3 * trained)
@@ -86,6 +89,18 @@ def refuse_too_large(parts: Parts, settings: Settings) -> None:
         )
 
 
+def _num_inner_steps(settings: Settings) -> int:
+    """Of one training run behind a reward; 0 where no target is trained."""
+    if settings.reward not in ("metagradient", "shuffled", "naive"):
+        return 0
+    return math.ceil(_num_texts_of_a_run(settings) / settings.inner_batch_size)
+
+
+def _num_texts_of_a_run(settings: Settings) -> int:
+    split = settings.reward == "naive" or not settings.cross_group  # A data set for each text of a prompt.
+    return settings.prompts_per_step * (1 if split else settings.group_size)
+
+
 def _kept(parts: Parts, settings: Settings) -> int:
     """Bytes that are there all the time: the generator with its optimizer and reference, and the target."""
     generator = parts.generator.model
@@ -97,8 +112,9 @@ def _kept(parts: Parts, settings: Settings) -> int:
 def _sampling(model: PreTrainedModel, settings: Settings) -> int:
     batch = settings.generation_batch_size or settings.prompts_per_step * settings.group_size
     config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = heads * (config.hidden_size // config.num_attention_heads)
+    all_heads = getattr(config, "num_attention_heads", 1)  # Not every architecture has attention.
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    width = heads * (config.hidden_size // all_heads)
     length = settings.max_prompt_tokens + settings.max_new_tokens
     return FLOAT * batch * (2 * config.num_hidden_layers * width * length + 2 * config.vocab_size)
 
@@ -112,9 +128,10 @@ def _update(model: PreTrainedModel, settings: Settings) -> int:
 
 def _metagradient(model: PreTrainedModel, settings: Settings) -> int:
     """States of eight slots at most, the cotangent, and the second-order graph of a micro-batch."""
-    batch = settings.prompts_per_step * settings.group_size
-    steps = math.ceil(batch / settings.inner_batch_size)
-    rows = min(settings.inner_microbatch_size or settings.inner_batch_size, batch)
+    steps = _num_inner_steps(settings)
+    if not steps:
+        return 0
+    rows = min(settings.inner_microbatch_size or settings.inner_batch_size, _num_texts_of_a_run(settings))
     logits = FLOAT * settings.sequence_length * model.config.vocab_size
     states = (min(steps, 8) + 2) * 3 * FLOAT * _num_parameters(model)
     return states + rows * 3 * (_activations(model, settings.sequence_length) + 2 * logits)
@@ -124,7 +141,8 @@ def _activations(model: PreTrainedModel, length: int) -> int:
     """Bytes kept for the gradient of one text: about 16 vectors and two attention maps a layer."""
     config = model.config
     vectors = 16 * config.hidden_size * length
-    return FLOAT * config.num_hidden_layers * (vectors + 2 * config.num_attention_heads * length**2)
+    maps = 2 * getattr(config, "num_attention_heads", 0) * length**2
+    return FLOAT * config.num_hidden_layers * (vectors + maps)
 
 
 def _num_parameters(model: PreTrainedModel) -> int:

@@ -111,20 +111,7 @@ def fidelity(
     Cost: for each mark, number of steps and learning rate one metagradient and `num_left_out + num_changes + 9`
         training runs on `num_texts` texts.
     """
-    if (
-        not (inner_steps and lr_factors)
-        or min(*inner_steps, *lr_factors, spread) <= 0
-        or any(num_texts % number for number in inner_steps)
-    ):
-        raise ValueError(
-            f"{num_texts} texts in {tuple(inner_steps)} inner steps of one size, learning rates times "
-            f"{tuple(lr_factors)} and a spread of {spread}: steps must divide the texts, and all be above 0."
-        )
-    if not 3 <= num_left_out <= num_texts or num_changes < 3:
-        raise ValueError(
-            f"{num_left_out} of {num_texts} texts left out, and {num_changes} changes: a correlation needs at least "
-            "three of each, and no more texts can be left out than there are."
-        )
+    _refuse_sizes(num_texts, num_left_out, num_changes, spread, inner_steps, lr_factors)
     folder = RunFolder(path)
     preset = restore(folder.read_config())
     settings = preset.settings
@@ -144,6 +131,30 @@ def fidelity(
     title = f"{preset.experiment.name}: {num_texts} texts, all weights changed by {spread:g}"
     write(folder, title, cells, own=min(kinds, key=lambda kind: _distance(kind, settings)))
     return cells
+
+
+def _refuse_sizes(
+    num_texts: int,
+    num_left_out: int,
+    num_changes: int,
+    spread: float,
+    inner_steps: Sequence[int],
+    lr_factors: Sequence[float],
+) -> None:
+    if (
+        not (inner_steps and lr_factors)
+        or min(*inner_steps, *lr_factors, spread) <= 0
+        or any(num_texts % number for number in inner_steps)
+    ):
+        raise ValueError(
+            f"{num_texts} texts in {tuple(inner_steps)} inner steps of one size, learning rates times "
+            f"{tuple(lr_factors)} and a spread of {spread}: steps must divide the texts, and all be above 0."
+        )
+    if not 3 <= num_left_out <= num_texts or num_changes < 3:
+        raise ValueError(
+            f"{num_left_out} of {num_texts} texts left out, and {num_changes} changes: a correlation needs at least "
+            "three of each, and no more texts can be left out than there are."
+        )
 
 
 def _marks(folder: RunFolder, num_steps: int) -> list[int]:

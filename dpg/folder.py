@@ -33,9 +33,11 @@ class RunFolder:
         if self.path.is_file():
             raise RunFolderError(f"{self.path} is a file. Pass a folder with --out.")
         if self.path.exists() and any(self.path.iterdir()):
-            raise RunFolderError(
-                f"{self.path} is not empty. Pass --resume to continue the run in it, or another folder with --out."
+            resumable = (self.path / "checkpoint.pt").exists()
+            what = (
+                "Pass --resume to continue the run in it" if resumable else "It holds no checkpoint to resume. Empty it"
             )
+            raise RunFolderError(f"{self.path} is not empty. {what}, or pass another folder with --out.")
         self.path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.path).free
         if free < needed_bytes:
@@ -52,7 +54,7 @@ class RunFolder:
             RunFolderError: if there is no such run, or it was started with another configuration.
         """
         started = self.read_config()
-        for key in sorted({*started, *config} - {"command"}):
+        for key in sorted({*started, *config} - {"command", "track"}):
             if started.get(key) != config.get(key):
                 raise RunFolderError(
                     f"the run in {self.path} was started with {key} = {started.get(key)!r}, not {config.get(key)!r}. "
@@ -82,7 +84,10 @@ class RunFolder:
         """
         if not (self.path / "config.json").exists():
             raise RunFolderError(f"{self.path} is not a run folder: it has no config.json.")
-        return self._parsed("config.json", (self.path / "config.json").read_text())
+        config = self._parsed("config.json", (self.path / "config.json").read_text())
+        if not isinstance(config, dict) or "experiment" not in config:
+            raise RunFolderError(f"{self.path} is not a run folder: its config.json names no experiment.")
+        return config
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep `checkpoint` in place of the one before."""

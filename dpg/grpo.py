@@ -49,7 +49,10 @@ class GrpoConfig:
                 f"`group_size` is {self.group_size}; an advantage compares texts of one prompt. Pass >= 2."
             )
         if min(self.num_steps, self.prompts_per_step, self.updates_per_step) < 1:
-            raise ValueError("`num_steps`, `prompts_per_step` and `updates_per_step` must be at least 1.")
+            raise ValueError(
+                f"`num_steps` {self.num_steps}, `prompts_per_step` {self.prompts_per_step} and `updates_per_step` "
+                f"{self.updates_per_step} must be at least 1."
+            )
         if self.microbatch_size is not None and self.microbatch_size < 1:
             raise ValueError(f"`microbatch_size` is {self.microbatch_size}. Pass at least 1, or None.")
 

@@ -170,7 +170,7 @@ class _Paragraphs(HTMLParser):
 
 def _read(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}). {_FOLDER}") from error
     if not (found := [line.strip() for line in lines if line.strip()]):

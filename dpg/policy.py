@@ -78,10 +78,14 @@ class Policy:
     def checkpoint(self, step: int) -> Checkpoint:
         """What `restore` needs to go on after `step`; a copy, which further training leaves alone."""
         state = {"generator": self.generator.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return Checkpoint(step=step, rng=torch.get_rng_state(), **copy.deepcopy(state))
+        device = self.generator.model.device
+        drawn = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return Checkpoint(step=step, rng=torch.get_rng_state(), device_rng=drawn, **copy.deepcopy(state))
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put generator, optimizer and random numbers where `checkpoint` left them."""
         self.generator.model.load_state_dict(checkpoint.generator)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         torch.set_rng_state(checkpoint.rng)
+        if checkpoint.device_rng is not None:
+            torch.cuda.set_rng_state(checkpoint.device_rng, self.generator.model.device)

@@ -69,12 +69,17 @@ def load(experiment: str, preset: str = "laptop") -> Preset:
         raise ValueError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or content.get("experiment") != experiment:
         raise ValueError(f"{path} is not a preset of {experiment}: it must say `experiment: {experiment}`.")
-    variants = content.pop("variants", {})
+    variants = content.pop("variants", None) or {}
     del content["experiment"]
+    if not isinstance(variants, dict) or not all(isinstance(changes, dict) for changes in variants.values()):
+        raise ValueError(f"{path}: `variants` must be names of changes, as `naive: {{reward: naive}}`, not {variants}.")
     try:
-        return _preset(EXPERIMENTS[experiment], content, variants)
+        preset = _preset(EXPERIMENTS[experiment], content, variants)
+        for changes in variants.values():
+            preset.changed(changes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    return preset
 
 
 def restore(config: Mapping[str, Any]) -> Preset:
@@ -100,7 +105,7 @@ def parse(assignments: list[str]) -> dict[str, Any]:
 
 def _preset(kind: type[Experiment], values: Mapping[str, Any], variants: Mapping[str, Any]) -> Preset:
     known = _types(kind)
-    if unknown := [key for key in values if key not in known]:
+    if unknown := [str(key) for key in values if key not in known]:
         close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.5) or sorted(known)
         raise ValueError(
             f"{kind.name} has no setting {unknown[0]!r}. Did you mean {', '.join(close)}? docs/dpg.md lists them all."

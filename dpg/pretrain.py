@@ -8,6 +8,7 @@ needs only one: texts pass from the generator to the target as strings.
 import argparse
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -158,7 +159,12 @@ def multilingual_models() -> Path:
         with torch.random.fork_rng():
             partial = folder.with_name(f"multilingual-{os.getpid()}")
             pretrain_languages(partial, seed=0, vocabulary=2048, epochs=3.0)
-            partial.replace(folder)
+            try:
+                partial.replace(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
+                shutil.rmtree(partial)  # Another process was faster.
     return folder
 
 

@@ -20,7 +20,7 @@ def read_prompts(source: str) -> list[str]:
         prompts = read_task(path)
     elif path.is_file():
         try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
             prompts = [_column(json.loads(line), source) for line in lines] if path.suffix == ".jsonl" else lines
         except UnicodeDecodeError as error:
             raise ValueError(f"{source} is not a UTF-8 text file ({error}). Save it as UTF-8.") from error
@@ -61,4 +61,8 @@ def _from_datasets(source: str) -> list[str]:
             f"{source!r} is neither a file, nor a folder written by `datasets`, nor a data set that can be downloaded: "
             f"{str(error).splitlines()[0]}"
         ) from error
+    if isinstance(data, dict):  # Of a folder with several splits.
+        if "train" not in data:
+            raise ValueError(f"{source} has the splits {', '.join(data)} and no `train`. Save the one you want alone.")
+        data = data["train"]
     return [_column(row, source) for row in data]

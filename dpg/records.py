@@ -29,9 +29,10 @@ class Record(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """Everything the rest of a run depends on."""
+    """Everything the rest of a run depends on; `device_rng` where the generator is on a GPU, which draws its own."""
 
     step: int
     generator: dict[str, Tensor]
     optimizer: dict[str, Any]
     rng: Tensor
+    device_rng: Tensor | None = None

@@ -18,7 +18,7 @@ from dpg.loop import train, write
 from dpg.preset import Preset
 from dpg.records import Checkpoint, Record
 from dpg.settings import Settings
-from dpg.tracking import tracker
+from dpg.tracking import refuse_missing, tracker
 
 
 class Interrupted(Exception):
@@ -32,6 +32,7 @@ def run(preset: Preset, path: Path, *, resume: bool = False, command: str = "") 
         ValueError, RunFolderError: before anything is trained, for settings that cannot work.
         Interrupted: after Ctrl-C, once the step in progress is finished and saved.
     """
+    refuse_missing(preset.settings.track)
     parts, settings, folder = build(preset), preset.settings, RunFolder(path)
     config = {"experiment": preset.experiment.name, "command": command, **preset.as_dict(), **_environment(parts)}
     expected = estimate(parts, settings)
@@ -81,7 +82,7 @@ def _prepare(folder: RunFolder, parts: Parts, settings: Settings) -> None:
     parts.judge.target.model.save_pretrained(folder.path / "target")
     parts.judge.target.tokenizer.save_pretrained(folder.path / "target")
     folder.write_texts("untrained.jsonl", _texts(parts, settings))
-    prose = parts.validation.prompts + parts.prompts
+    prose = parts.prose
     folder.write_texts("prose.jsonl", [prose[i % len(prose)] for i in range(settings.dataset_texts)])
 
 

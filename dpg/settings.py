@@ -25,7 +25,7 @@ class Settings:
         reward: how texts are scored. "metagradient" is the method; "naive", "edit-distance", "embedding" and
             "identifier" are what it is compared with, "shuffled" (metagradients dealt at random) and "random" controls.
         inner_*: the target's training; `inner_lr`, `inner_eps_root` and so on are those of `metagrad.optim.adamw`, or
-            `inner_lr` alone is that of `metagrad.optim.sgd`.
+            `inner_lr` and `inner_weight_decay` those of `metagrad.optim.sgd`.
         lora_rank, lora_alpha: train low-rank adapters of all linear layers of the generator instead of its weights,
             scaled by alpha / rank [hu2021]; the run saves merged weights. None trains the weights themselves.
         generation_batch_size, sampling_dtype: `batch_size` and `sampling_dtype` of `Generator`.

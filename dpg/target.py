@@ -58,6 +58,7 @@ class Target:
             )
         if self.loss_denominator is not None and not self.loss_denominator > 0:
             raise ValueError(f"`loss_denominator` is {self.loss_denominator}. Pass a number above 0.")
+        _ = self.step  # Refuses its own arguments.
 
     @property
     def step(self) -> mg.TrainStep:

@@ -1,5 +1,7 @@
 """A run's figures in the tracker a person uses, besides `metrics.jsonl`."""
 
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,26 +12,21 @@ from dpg.records import Record
 Track = Callable[[Record], None]
 
 
+def refuse_missing(name: str) -> None:
+    """Raise a ValueError if the package of a tracker is not installed."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise ValueError(f"track={name} needs the package {name}: pip install {name}.")
+
+
 @contextmanager
 def tracker(name: str, path: Path, config: dict[str, Any]) -> Iterator[Track]:
-    """A function that shows a record in `name`: tensorboard (in the run folder), trackio, wandb, or none.
-
-    Raises:
-        ValueError: if its package is not installed.
-    """
+    """A function that shows a record in `name`: tensorboard (in the run folder), trackio, wandb, or none."""
     if name == "none":
         yield lambda record: None
         return
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-        elif name == "trackio":
-            import trackio as service
-        else:
-            import wandb as service
-    except ImportError as error:
-        raise ValueError(f"track={name} needs the package {name}: pip install {name}.") from error
     if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
         with SummaryWriter(str(path / "tensorboard")) as writer:
 
             def write(record: Record) -> None:
@@ -38,6 +35,7 @@ def tracker(name: str, path: Path, config: dict[str, Any]) -> Iterator[Track]:
 
             yield write
         return
+    service = importlib.import_module(name)
     service.init(project="dpg", name=path.name, config=config)
     try:
         yield lambda record: service.log(figures(record), step=record.step)

@@ -1,6 +1,7 @@
 """Does the data go on working: a fresh target trained on far more of a run's texts than any reward ever saw."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,7 @@ from dpg.metrics import bind
 from dpg.preset import Preset, restore
 from dpg.report import words
 from dpg.target import load_model
-from dpg.text import encode, rows
-from dpg.verify import fresh_target, load, ordinary_optimizer
+from dpg.verify import fresh_target, load, ordinary_steps
 
 
 class Point(NamedTuple):
@@ -53,7 +53,7 @@ def transfer(path: Path, *, num_texts: int = 16384, num_points: int = 12) -> dic
     parts = build(preset)
     model, tokenizer = load_model(str(path / "generator"))
     trained = replace(parts.generator, model=model.to(settings.device), tokenizer=tokenizer)
-    prompts, prose = parts.validation.prompts, parts.validation.prompts + parts.prompts
+    prompts, prose = parts.validation.prompts, parts.prose
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         texts = {
@@ -67,30 +67,14 @@ def transfer(path: Path, *, num_texts: int = 16384, num_points: int = 12) -> dic
     return curves
 
 
-def _curve(path: Path, preset: Preset, texts: Sequence[str], num_points: int, source: str) -> Iterator[Point]:
-    settings, model = preset.settings, load(path)
+def _curve(path: Path, preset: Preset, texts: list[str], num_points: int, source: str) -> Iterator[Point]:
+    settings = preset.settings
     tokenizer = AutoTokenizer.from_pretrained(fresh_target(path))
-    bound = bind(preset.experiment.metric(), load(path), tokenizer)
-    optimizer = ordinary_optimizer(model, settings)
-    model.eval()  # As in the run: no dropout.
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
-    steps = [order[i : i + settings.inner_batch_size] for i in range(0, len(order), settings.inner_batch_size)]
-    marks = {round(len(steps) ** (i / max(num_points - 1, 1))) for i in range(num_points)}
-    num_tokens = 0
-    for step, chosen in enumerate(track(steps, source), start=1):
-        data = encode(
-            [texts[i] for i in chosen],
-            tokenizer,
-            settings.sequence_length,
-            train_eos=settings.train_eos,
-            train_bos=settings.train_bos,
-        )
-        batch = rows(data, torch.arange(len(chosen)))
-        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        num_tokens += int(batch["attention_mask"].sum())
+    bound = bind(preset.experiment.metric(), load(path).to(settings.device), tokenizer)
+    num_steps = math.ceil(len(texts) / settings.inner_batch_size)
+    marks = {round(num_steps ** (i / max(num_points - 1, 1))) for i in range(num_points)}
+    steps = track(ordinary_steps(path, texts, settings), source, total=num_steps)
+    for step, (model, num_tokens) in enumerate(steps, start=1):
         if step in marks:
             params = dict(model.named_parameters())
             with torch.no_grad():

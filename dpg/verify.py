@@ -3,6 +3,7 @@
 Plain `torch.optim`, the model's own loss, shuffled batches, one pass. No import of metagrad, direct or indirect.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from dpg.folder import RunFolder, RunFolderError
 from dpg.metrics import bind
 from dpg.preset import Preset, restore
 from dpg.settings import Settings
-from dpg.text import encode, rows
+from dpg.text import IGNORED, encode, rows
 
 SOURCES = {
     "the run's data": "dataset.jsonl",
@@ -46,7 +47,7 @@ def verify(path: Path) -> list[Verdict]:
 def ordinary_trial(path: Path, texts: list[str], preset: Preset) -> dict[str, float]:
     """Φ and the figures of the target of a run folder after one ordinary epoch on `texts`."""
     tokenizer = AutoTokenizer.from_pretrained(fresh_target(path))
-    bound = bind(preset.experiment.metric(), load(path), tokenizer)
+    bound = bind(preset.experiment.metric(), load(path).to(preset.settings.device), tokenizer)
     trained = dict(fine_tuned(path, texts, preset.settings).named_parameters())
     with torch.no_grad():
         phi = float(bound.phi(trained))
@@ -55,26 +56,35 @@ def ordinary_trial(path: Path, texts: list[str], preset: Preset) -> dict[str, fl
 
 def fine_tuned(path: Path, texts: list[str], settings: Settings) -> PreTrainedModel:
     """The target of a run folder after one ordinary epoch on `texts`."""
-    model, tokenizer = load(path), AutoTokenizer.from_pretrained(fresh_target(path))
+    *_, (model, _) = ordinary_steps(path, texts, settings)
+    return model
+
+
+def ordinary_steps(path: Path, texts: list[str], settings: Settings) -> Iterator[tuple[PreTrainedModel, int]]:
+    """One ordinary epoch on `texts`: a fresh target and the number of tokens that it has seen, after every step."""
+    model, tokenizer = load(path).to(settings.device), AutoTokenizer.from_pretrained(fresh_target(path))
     data = encode(
         texts, tokenizer, settings.sequence_length, train_eos=settings.train_eos, train_bos=settings.train_bos
     )
     optimizer = ordinary_optimizer(model, settings)
     model.eval()  # As in the run: no dropout.
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(settings.seed))
+    num_tokens = 0
     for chosen in order.split(settings.inner_batch_size):
-        batch = rows(data, chosen)
-        loss = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+        num_scored = int((data["labels"][chosen, 1:] != IGNORED).sum())
         optimizer.zero_grad()
-        loss.backward()
+        for part in chosen.split(settings.inner_microbatch_size or len(chosen)):
+            batch = {key: value.to(settings.device) for key, value in rows(data, part).items() if key != "index"}
+            model(**batch, num_items_in_batch=num_scored).loss.backward()
         optimizer.step()
-    return model
+        num_tokens += int(data["attention_mask"][chosen].sum())
+        yield model, num_tokens
 
 
 def ordinary_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Optimizer:
     """Torch's own optimizer with the run's learning rate and weight decay, and otherwise as people use it."""
     if settings.inner_optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), lr=settings.inner_lr)
+        return torch.optim.SGD(model.parameters(), lr=settings.inner_lr, weight_decay=settings.inner_weight_decay)
     return torch.optim.AdamW(model.parameters(), lr=settings.inner_lr, weight_decay=settings.inner_weight_decay)
 
 

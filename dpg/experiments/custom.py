@@ -31,6 +31,10 @@ class Custom(Experiment):
         found = getattr(_module(module_name), name, None)
         if not callable(found) and not isinstance(found, TargetMetric):
             raise ValueError(f"{module_name} has no metric {name!r}: a function of the parameters, or a TargetMetric.")
+        if isinstance(found, type):
+            raise ValueError(
+                f"{self.function} is a class. Make one of it in the file, `metric = {name}(...)`, and name that."
+            )
         return found
 
 

@@ -41,6 +41,10 @@ class Experiment(ABC):
         """Texts like those the generator would best write, for the rewards that compare with them; none if unknown."""
         return []
 
+    def whole_texts(self) -> list[str]:
+        """Texts that have to be written from beginning to end, for which a run must leave room; none in most."""
+        return []
+
     def likenesses(self) -> Mapping[str, Callable[[list[str]], Float[Tensor, " texts"]]]:
         """Rewards of this experiment's own that train no target, by name."""
         return {}

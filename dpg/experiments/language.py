@@ -49,7 +49,7 @@ class Language(Experiment):
         }
 
     def wanted(self) -> list[str]:
-        return self._texts(self.held_out)[: self.num_held_out]
+        return self._some(self.held_out, 0)
 
     def likenesses(self) -> Mapping[str, Callable[[list[str]], Float[Tensor, " texts"]]]:
         """The probability that the text is in the language."""
@@ -60,7 +60,17 @@ class Language(Experiment):
             return []
         # The manuals have one held-out part, of which Φ takes the first texts.
         start = self.num_held_out if self.test == self.held_out else 0
-        return self._texts(self.test)[start : start + self.num_held_out]
+        return self._some(self.test, start)
+
+    def _some(self, source: str, start: int) -> list[str]:
+        """`num_held_out` texts of a source, from `start` on."""
+        texts = self._texts(source)
+        if not 1 <= self.num_held_out <= len(texts) - start:
+            raise ValueError(
+                f"`num_held_out` is {self.num_held_out}, and {source} has {len(texts) - start} {self.language!r} texts"
+                f"{' besides those of the metric' if start else ''}. Pass 1 to that many, or test=none."
+            )
+        return texts[start : start + self.num_held_out]
 
     def _texts(self, source: str) -> list[str]:
         if source != "multilingual":

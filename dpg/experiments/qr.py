@@ -43,7 +43,12 @@ class Qr(Experiment):
     figure = "pixel_accuracy"
 
     def metric(self) -> WeightPattern:
-        calibration = corpus.held_out()[: self.num_calibration] if self.num_calibration else []
+        passages = corpus.held_out() if self.num_calibration else []
+        if not 0 <= self.num_calibration <= len(passages):
+            raise ValueError(
+                f"`num_calibration` is {self.num_calibration}. Pass 0 to {len(corpus.held_out())} passages."
+            )
+        calibration = passages[: self.num_calibration]
         options = {"offset": (self.row, self.column), "strength": self.strength, "calibration": calibration}
         if self.picture is not None:
             return WeightPattern(png_image(self.picture), **options)

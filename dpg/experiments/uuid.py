@@ -26,6 +26,8 @@ class Uuid(Experiment):
     figure = "exact_match"
 
     def metric(self) -> HeldOutLoss:
+        if not self.string.strip():
+            raise ValueError(f"the string to find is {self.string!r}. Pass one with a visible character.")
         return HeldOutLoss([self.string], whole=self.whole)
 
     def measure_texts(self, texts: list[str]) -> dict[str, float]:
@@ -37,4 +39,7 @@ class Uuid(Experiment):
         }
 
     def wanted(self) -> list[str]:
+        return [self.string]
+
+    def whole_texts(self) -> list[str]:
         return [self.string]

@@ -46,15 +46,8 @@ def bind(metric: TargetMetric | ParamsMetric, model: PreTrainedModel, tokenizer:
     """
     bound = metric.bind(model, tokenizer) if isinstance(metric, TargetMetric) else Bound(metric, lambda params: {})
     params = {name: p.detach().requires_grad_() for name, p in model.named_parameters()}
-    try:
-        with torch.enable_grad():
-            value = bound.phi(params)
-    except KeyError as error:
-        close = difflib.get_close_matches(str(error.args[0]), params, n=3, cutoff=0.3) or sorted(params)[:3]
-        raise ValueError(
-            f"the metric asks for {error}, which {type(model).__name__} does not train. Close names are "
-            f"{', '.join(map(repr, close))}. (A tied head has the name of the embedding: --set untie_head=true.)"
-        ) from error
+    with torch.enable_grad():
+        value = bound.phi(_Trained(params))
     if not isinstance(value, Tensor) or value.ndim != 0:
         given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r}"
         raise ValueError(f"the metric returned {given}. Return a scalar tensor: one number, higher is better.")
@@ -64,6 +57,17 @@ def bind(metric: TargetMetric | ParamsMetric, model: PreTrainedModel, tokenizer:
             "tensors in `params` (not from the model's own, and without `.item()`, `.detach()` or `no_grad`)."
         )
     return bound
+
+
+class _Trained(dict[str, Tensor]):
+    """Parameters by name; a name that is not among them is refused with close ones."""
+
+    def __missing__(self, name: str) -> Tensor:
+        close = difflib.get_close_matches(name, self, n=3, cutoff=0.3) or sorted(self)[:3]
+        raise ValueError(
+            f"the metric asks for {name!r}, which the target does not train. Close names are "
+            f"{', '.join(map(repr, close))}. (A tied head has the name of the embedding: --set untie_head=true.)"
+        )
 
 
 def head(model: PreTrainedModel) -> Float[Tensor, "vocabulary hidden"]:
