@@ -107,3 +107,15 @@ def test_every_page_is_in_the_site_and_the_index() -> None:
     assert set(re.findall(r"- ([\w.]+\.md)$", navigation, re.MULTILINE)) == pages
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     assert {Path(link.split("#")[0]).name for link in LINK.findall(index)} >= pages - {"index.md"}
+
+
+def test_every_setting_is_on_the_page() -> None:
+    from dataclasses import fields
+
+    from dpg.settings import Settings
+
+    page = (ROOT / "docs" / "dpg.md").read_text(encoding="utf-8")
+    table = page[page.index("### Settings") : page.index("## From Python")]
+    assert set(re.findall(r"`([a-z_0-9]+)` \(", table)) | set(re.findall(r"`([a-z_0-9]+)`, `target` \(", table)) == {
+        field.name for field in fields(Settings)
+    }

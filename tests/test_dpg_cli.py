@@ -122,7 +122,7 @@ def test_too_few_prompts(tmp_path, refused):
 def test_a_folder_that_is_not_empty(tmp_path, refused):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("mine")
-    assert "run is not empty. Pass --resume to continue the run in it, or another" in refused(*tiny(tmp_path))
+    assert "run is not empty. It holds no checkpoint to resume. Empty it, or pass another" in refused(*tiny(tmp_path))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import dpg.compare
 from dpg.compare import CONTROLS, Row, best_control, compare, is_above, pooled_sd, write
-from dpg.folder import RunFolderError
+from dpg.folder import RunFolder, RunFolderError
+from dpg.preset import load
 from dpg.transfer import transfer
 from dpg.verify import verify
 
@@ -45,6 +46,8 @@ def test_the_rule_is_two_pooled_sds_above_the_best_control(tmp_path):
     lines = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| meta")]
     assert lines == ["| metagradient | 11 | 1 | 3 | 4.0 | yes |", "| metagradient-sgd | 9 | 1 | 3 | 2.0 | no |"]
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    write(tmp_path, tiny_preset(tmp_path), [Row("metagradient", [5.0]), Row("random", [1.0])])
+    assert "| metagradient | 5 | – | 1 | – | – |" in (tmp_path / "table.md").read_text()
 
 
 def test_a_comparison_runs_what_is_missing_and_judges_as_verify_does(tmp_path, monkeypatch):
@@ -78,6 +81,20 @@ def test_a_run_that_fails_is_named_with_what_it_said(tmp_path):
         compare(preset, ["metagradient"], [0], tmp_path / "all")
 
 
+def test_a_variant_may_have_a_dot_in_its_name(tmp_path, monkeypatch):
+    preset, started = tiny_preset(tmp_path), []
+
+    def note(command, **options):
+        started.append(load("sixseven", str(command[command.index("--preset") + 1])).settings.seed)
+        return dpg.compare.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(dpg.compare.subprocess, "run", note)
+    for name in ("lr-0.1-0", "lr-0.5-1"):
+        dpg.compare._run(tmp_path / name, preset.changed({"seed": int(name[-1])}))
+    assert started == [0, 1]
+    assert {file.name for file in tmp_path.glob("lr*.yaml")} == {"lr-0.1-0.yaml", "lr-0.5-1.yaml"}
+
+
 def test_an_unknown_variant_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="there is no variant 'best'. Choose from: metagradient"):
         compare(tiny_preset(tmp_path), ["best"], [0], tmp_path / "all")
@@ -90,8 +107,11 @@ def test_transfer_trains_fresh_targets_on_more_than_the_run_saw(tmp_path):
     assert list(curves) == ["the run's data", "untrained generator", "real prose"]
     for points in curves.values():
         assert len(points) == 3 and points[0].num_tokens < points[-1].num_tokens  # after 1, 2 and 4 steps
-    # The untrained generator's first sixteen texts are not those of the run: the prompts are drawn for 32. But one
-    # epoch on texts is what `verify` does, whoever wrote them.
+    # One epoch on as much prose as a control of the run has is what `verify` does.
+    prose = RunFolder(path).read_texts("prose.jsonl")
+    last = transfer(path, num_texts=len(prose), num_points=2)["real prose"][-1]
+    wanted = {verdict.source: verdict.figures for verdict in verify(path)}["real prose"]
+    assert last.figures == wanted
     assert json.loads((path / "transfer.json").read_text()).keys() == curves.keys()
     assert (path / "transfer.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="4 texts are less than one step of 8"):

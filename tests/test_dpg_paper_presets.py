@@ -54,7 +54,9 @@ def stand_in(experiment, llama_instruct, folder):
     target = small_gpt2 if "gpt2" in preset.settings.target else str(llama_instruct)
     models = {"generator": str(llama_instruct), "target": target, "prompts": str(prompt_file(folder))}
     if experiment == "language":
-        models |= {"held_out": models["prompts"], "test": models["prompts"]}
+        models |= {"held_out": models["prompts"], "test": models["prompts"], "num_held_out": 8}
+    if experiment == "uuid":
+        models |= {"max_new_tokens": 36, "sequence_length": 36}
     return preset.changed({**SMALL, **models})
 
 
@@ -95,7 +97,11 @@ def test_a_chat_prompt_keeps_its_template_when_it_is_cut(llama_instruct, tmp_pat
 def test_the_estimate_counts_what_a_run_does(llama_instruct, tmp_path):
     preset = stand_in("sixseven", llama_instruct, tmp_path)
     expected = estimate(build(preset), preset.settings)
-    assert expected.num_texts == 32 + 16 + 2 * 16 and expected.num_inner_steps == 2
+    assert expected.num_texts == 32 + 2 * 16 + 2 * 16 and expected.num_inner_steps == 2
+    split = preset.changed({"cross_group": False})
+    assert estimate(build(split), split.settings).num_inner_steps == 1  # Four data sets of eight texts.
+    untrained = preset.changed({"reward": "random"})
+    assert estimate(build(untrained), untrained.settings).num_inner_steps == 0
     run(preset, tmp_path / "run")
     written = sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
     assert written <= expected.disk <= 4 * written + 10_000_000

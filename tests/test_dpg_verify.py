@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,15 @@ def test_the_fine_tune_is_the_hand_written_one_in_size_too(finished):
     )
     # float32: Adam turns rounding into whole steps where a gradient is no more than rounding.
     assert float((change - wanted).norm() / wanted.norm()) < 1e-3
+
+
+def test_micro_batches_change_memory_alone(finished):
+    settings = restore(json.loads((finished / "config.json").read_text())).settings
+    texts = [json.loads(line)["text"] for line in (finished / "dataset.jsonl").read_text().splitlines()]
+    whole, parts = (fine_tuned(finished, texts, replace(settings, inner_microbatch_size=n)) for n in (None, 3))
+    start = AutoModelForCausalLM.from_pretrained(finished / "target", dtype=torch.float32).lm_head.weight.detach()
+    moved, also = (model.lm_head.weight.detach() - start for model in (whole, parts))
+    assert float((moved - also).norm() / moved.norm()) < 1e-3  # As above: Adam and rounding.
 
 
 def test_verify_runs_without_metagrad(finished):

@@ -24,7 +24,7 @@ class Language(Experiment):
         held_out: the texts of Φ: "multilingual" for passages of the manuals that no model was pretrained on, or what
             `--prompts` takes: a file, or a data set as `name:configuration:split`.
         test: as `held_out`, for the loss that is reported; none for no such figure.
-        num_held_out: texts of each.
+        num_held_out: most texts of each.
         last_word: score the last word of each text only, as LAMBADA does.
     """
 
@@ -63,14 +63,14 @@ class Language(Experiment):
         return self._some(self.test, start)
 
     def _some(self, source: str, start: int) -> list[str]:
-        """`num_held_out` texts of a source, from `start` on."""
-        texts = self._texts(source)
-        if not 1 <= self.num_held_out <= len(texts) - start:
+        """`num_held_out` texts of a source, from `start` on, or as many as there are."""
+        texts = self._texts(source)[start:]
+        if self.num_held_out < 1 or not texts:
             raise ValueError(
-                f"`num_held_out` is {self.num_held_out}, and {source} has {len(texts) - start} {self.language!r} texts"
-                f"{' besides those of the metric' if start else ''}. Pass 1 to that many, or test=none."
+                f"`num_held_out` is {self.num_held_out}, and {source} has {len(texts)} texts"
+                f"{' besides those of the metric' if start else ''}: at least 1 of both is needed, or test=none."
             )
-        return texts[start : start + self.num_held_out]
+        return texts[: self.num_held_out]
 
     def _texts(self, source: str) -> list[str]:
         if source != "multilingual":
