@@ -90,7 +90,9 @@ def _refuse_too_long(text: str, generator: Generator, target: Target) -> None:
 
 
 def _generator(settings: Settings) -> Generator:
-    model, tokenizer = load_model(_source(settings.generator, "generator"))
+    same = settings.generator == "target"
+    source = _source(settings.target, "target") if same else _source(settings.generator, "generator")
+    model, tokenizer = load_model(source)
     return Generator(
         _adapted(model, settings).to(settings.device),
         tokenizer,

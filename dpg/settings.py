@@ -14,7 +14,8 @@ class Settings:
 
     Args:
         generator, target: a folder in Hugging Face format, a hub name, "embedded" for the models of the package, or
-            "multilingual" for those that `dpg.pretrain` makes of manuals in five languages, once and in minutes.
+            "multilingual" for those that `dpg.pretrain` makes of manuals in five languages, once and in minutes. A
+            generator "target" is a copy of the target's model.
         prompts: a text file (one prompt a line), a JSON-lines file or hub data set with a `prompt` or `text` column, or
             "embedded" for held-out passages of the standard library's documentation, or "multilingual" for held-out
             English ones of the manuals.

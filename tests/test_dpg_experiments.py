@@ -283,3 +283,11 @@ def test_a_code_too_large_for_its_version_or_the_model_is_refused(tmp_path):
         Qr(text="a text too long for it", version="M3").metric()
     with pytest.raises(ValueError, match="needs 65 tokens and 65 hidden dimensions, but the head has 1024 and 64"):
         build(tiny_preset(tmp_path, "qr", version="12"))
+
+
+def test_the_generator_may_be_a_copy_of_the_target(tmp_path):
+    parts = build(tiny_preset(tmp_path, "qr", generator="target", num_calibration=0))
+    ours, its = parts.generator.model, parts.judge.target.model
+    assert type(ours) is type(its) and torch.equal(ours.lm_head.weight, its.lm_head.weight)
+    assert ours.lm_head.weight is ours.transformer.wte.weight  # The target's head is its own, to be drawn on.
+    assert not set(map(id, ours.parameters())) & set(map(id, its.parameters()))
