@@ -1,5 +1,6 @@
 """From settings to the models, the reward and the prompts of a run, checked to fit together."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dpg.prompts import read_prompts
 from dpg.reward import MetagradReward, Reward
 from dpg.settings import Settings
 from dpg.target import Target, load_model
+from dpg.text import encode
 
 MODELS = Path(__file__).parent / "models"
 NUM_VALIDATION_PROMPTS = 256
@@ -81,7 +83,8 @@ def _refuse_missing_device(name: str) -> None:
 def _refuse_too_long(text: str, generator: Generator, target: Target) -> None:
     """Raise a ValueError if the generator cannot write all of `text`, or the target not train on all of it."""
     written = len(generator.tokenizer(text, add_special_tokens=False)["input_ids"])
-    trained = len(target.tokenizer(text)["input_ids"]) + target.train_bos
+    whole = encode([text], target.tokenizer, sys.maxsize, train_eos=False, train_bos=target.train_bos)
+    trained = whole["input_ids"].shape[1]
     if written > generator.max_new_tokens or trained > target.sequence_length:
         raise ValueError(
             f"{text!r} has {written} tokens to write and {trained} to train on, but `max_new_tokens` is "

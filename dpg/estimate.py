@@ -55,10 +55,8 @@ def estimate(parts: Parts, settings: Settings) -> Estimate:
     written = 2 * _num_parameters(generator) * length  # operations of one forward pass over one text
     trained = 2 * _num_parameters(target) * settings.sequence_length
     # With one inner step a gradient and a forward-mode pass; else the replay, a gradient and its derivative too.
-    metagradient_forwards = 6 if num_inner_steps == 1 else 15
-    target_forwards = {"metagradient": metagradient_forwards, "shuffled": metagradient_forwards, "naive": 3}.get(
-        settings.reward, 0
-    )
+    metagradient_forwards = {0: 0, 1: 6}.get(num_inner_steps, 15)
+    target_forwards = 3 if settings.reward == "naive" else metagradient_forwards
     num_validated = num_validations * settings.validation_texts
     flops = settings.num_steps * batch * (forwards * written + target_forwards * trained)
     flops += num_validated * (written + 3 * trained)

@@ -82,8 +82,7 @@ def _prepare(folder: RunFolder, parts: Parts, settings: Settings) -> None:
     parts.judge.target.model.save_pretrained(folder.path / "target")
     parts.judge.target.tokenizer.save_pretrained(folder.path / "target")
     folder.write_texts("untrained.jsonl", _texts(parts, settings))
-    prose = parts.prose
-    folder.write_texts("prose.jsonl", [prose[i % len(prose)] for i in range(settings.dataset_texts)])
+    folder.write_texts("prose.jsonl", [parts.prose[i % len(parts.prose)] for i in range(settings.dataset_texts)])
 
 
 def _finish(folder: RunFolder, parts: Parts, preset: Preset) -> None:

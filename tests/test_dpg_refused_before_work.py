@@ -86,9 +86,7 @@ def test_a_class_is_no_metric(tmp_path):
 
 
 def test_a_missing_parameter_is_not_confused_with_a_key_of_ones_own():
-    with pytest.raises(
-        ValueError, match="asks for 'transformer.wte', .* close|Close names are 'transformer.wte.weight'"
-    ):
+    with pytest.raises(ValueError, match="asks for 'transformer.wte', .* Close names are 'transformer.wte.weight'"):
         bind(lambda params: params["transformer.wte"].sum(), gpt2(), letters())
     with pytest.raises(KeyError, match="mine"):
         bind(lambda params: {}["mine"], gpt2(), letters())

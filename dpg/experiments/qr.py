@@ -45,9 +45,7 @@ class Qr(Experiment):
     def metric(self) -> WeightPattern:
         passages = corpus.held_out() if self.num_calibration else []
         if not 0 <= self.num_calibration <= len(passages):
-            raise ValueError(
-                f"`num_calibration` is {self.num_calibration}. Pass 0 to {len(corpus.held_out())} passages."
-            )
+            raise ValueError(f"`num_calibration` is {self.num_calibration}. Pass 0 to {len(passages)} passages.")
         calibration = passages[: self.num_calibration]
         options = {"offset": (self.row, self.column), "strength": self.strength, "calibration": calibration}
         if self.picture is not None:
