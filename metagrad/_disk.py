@@ -36,7 +36,7 @@ class DiskStore(Store):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._paths = dict(left or {})
-        if found := next((f for f in self.folder.glob("state-*.safetensors") if f not in self._paths.values()), None):
+        if found := min(set(self.folder.glob("state-*.safetensors")) - set(self._paths.values()), default=None):
             raise ValueError(
                 f"{self.folder} already holds states, such as {found.name}. Name an empty folder; to continue a run "
                 "that was cut off, call metagradient(..., resume=folder) instead."
