@@ -31,6 +31,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need a CUDA device, with whatever torch is asked for by `-- TORCH`, or the newest that fits."""
+    session.install(*session.posargs or ["torch>=2.10"])
+    session.install("-e", ".[test]")
+    session.run("pytest", "tests/test_on_a_gpu.py", "-rs")
+
+
+@nox.session
 def docs(session: nox.Session) -> None:
     """The pages and the API reference as a site, build/site/index.html; a broken link or name fails."""
     session.install(*CONSTRAINTS, "-e", ".[docs]")
@@ -44,3 +52,12 @@ def demo(session: nox.Session) -> None:
     out = session.create_tmp() + "/sixseven"
     session.run("dpg", "run", "sixseven", "--out", out, *session.posargs)
     session.run("dpg", "verify", out)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time and memory beside plain training and other libraries; `nox -s bench -- --quick` for a first look."""
+    session.install(*CONSTRAINTS, "-e", ".[bench]")
+    # Alone: it asks for torchvision, torchaudio and bitsandbytes, of which its trainer imports none.
+    session.install(*CONSTRAINTS, "--no-deps", "bergson==2.5.1")
+    session.run("python", "-m", "benchmarks.peers", *session.posargs)

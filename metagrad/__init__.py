@@ -2,6 +2,7 @@
 
 from metagrad import attribution, check, optim
 from metagrad._buffers import DifferentiableStatistics
+from metagrad._cross_entropy import linear_cross_entropy
 from metagrad._custom import AutogradStep
 from metagrad._disk import DiskStore
 from metagrad._estimate import Budget, Estimate
@@ -41,6 +42,7 @@ __all__ = [
     "attribution",
     "check",
     "dry_run",
+    "linear_cross_entropy",
     "metagradient",
     "optim",
     "train",

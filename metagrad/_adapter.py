@@ -9,11 +9,10 @@ from operator import itemgetter
 from typing import NamedTuple
 
 import torch
-import torchopt
 from torch import Tensor
 from torchopt.base import ChainedGradientTransformation, GradientTransformation
 
-from metagrad._transformation import Transformation
+from metagrad._transformation import Transformation, chained
 from metagrad._tree import (
     describe,
     floating_leaves,
@@ -62,8 +61,7 @@ def adapt(transformation: GradientTransformation) -> Transformation:
         return transformation
     if isinstance(transformation, ChainedGradientTransformation):
         # Each on its own: the error then is about one, and ours need no proof.
-        chain = torchopt.chain(*(adapt(link) for link in transformation.transformations))
-        return Transformation(chain.init, chain.update)
+        return chained(*(adapt(link) for link in transformation.transformations))
     if not isinstance(transformation, GradientTransformation):
         raise ValueError(
             f"the optimizer is {describe(transformation)}. Pass a TorchOpt transformation such as "

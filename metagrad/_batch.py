@@ -1,22 +1,23 @@
 """The gradient of a batch's mean loss, micro-batch by micro-batch, and its pullback (theory.md, eq. 1, 5 and 6)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from metagrad._buffers import DifferentiableStatistics, copies_of, refuse_unseen_changes
-from metagrad._curvature import Contribution
-from metagrad._loss import Piece, cut, loss_gradient, mean_share
+from metagrad._agreement import disagreement
+from metagrad._buffers import refuse_unseen_changes
+from metagrad._derivatives import Cotangents, Derivatives, Pulled, gradient_at
+from metagrad._evaluation import Evaluation, Point
+from metagrad._forward import Contribution
+from metagrad._loss import cut, refuse_non_finite_losses
 from metagrad._random import drawing
-from metagrad._refusals import refuse_changes_in_place, refuse_non_finite_gradient
-from metagrad._reverse import pull_gradient
-from metagrad._tree import add, detached, floating_leaves, fresh, grouped, independent, joined
-from metagrad._types import Loss, Params, Scalar, Tree
+from metagrad._refusals import refuse_non_finite_gradient
+from metagrad._reverse import nonzero
+from metagrad._tree import add
+from metagrad._types import Loss, Params, Tree
 
 
 class Start(NamedTuple):
@@ -34,47 +35,51 @@ class Evaluated(NamedTuple):
     end: Start
 
 
-class Pulled(NamedTuple):
-    """Cotangents of what a batch's gradient was computed from."""
-
-    params: list[Tensor]
-    buffers: list[Tensor]
-    meta: list[Tensor]
-
-
 @dataclass(frozen=True)
 class BatchLoss:
-    """The mean loss of the batch of `step`, in micro-batches one after the other, each from the buffers of the last."""
+    """The mean loss of the batch of `step`, in micro-batches one after the other, each from the buffers of the last.
+
+    Attributes:
+        reverse_microbatch_size: of the pullback, if another; then each loss is a function of its example alone.
+        derivatives: how one micro-batch's loss is differentiated where no graph is kept.
+    """
 
     loss: Loss
     batch: Tree
     step: int
     microbatch_size: int | None
+    reverse_microbatch_size: int | None
     constant_buffers: bool
+    derivatives: Derivatives
 
     def gradient(self, params: Params, start: Start, meta: Tree, keep_graph: bool) -> Evaluated:
-        """∇_θ of the mean loss at `params` (eq. 1), checked to be finite."""
-        end, starts = start, []
+        """∇_θ of the mean loss at `params` (eq. 1), checked to be finite; with a graph from the tensors given."""
+        end, starts, all_losses = start, [], []
         total: list[Tensor] = []
-        for piece in self._pieces():
+        for evaluate, batch in self._pieces(self.microbatch_size):
             starts.append(end)
-            with self._evaluating(end, params) as rng:
-                # Views: the gradient is that at given buffers, which may themselves depend on the parameters.
-                own = {name: p.view_as(p) for name, p in params.items()} if keep_graph else params
-                share, buffers = self._share(own, end, piece, meta)
-                new = loss_gradient(share, own, keep_graph)
-            # Detached: without a graph nothing is differentiated later, so nothing may be kept alive.
-            end = Start(buffers if keep_graph else detached(buffers), rng[0])
+            with drawing(end.rng, params) as rng:
+                at = Point(params, end.buffers, batch, meta)
+                if keep_graph:
+                    new, losses, buffers = gradient_at(evaluate, at, keep_graph=True)
+                    refuse_unseen_changes(end.buffers, buffers)
+                else:
+                    new, losses, buffers = self.derivatives.gradient(evaluate, at)
+            refuse_non_finite_losses(losses, self.step)
+            all_losses.append(losses)
+            end = Start(buffers, rng[0])
             total = add(total, new) if total else new
         refuse_non_finite_gradient(params, total, self.step)
+        if self.reverse_microbatch_size is not None and self.step == 0:
+            self._refuse_company(params, start, meta, torch.cat(all_losses), end)
         return Evaluated(total, starts, end)
 
     def total(self, contribution: Contribution, params: Params, meta: Tree, starts: Sequence[Start]) -> list[Tensor]:
         """The sum over micro-batches of a `contribution` of each one's share of the loss."""
         total: list[Tensor] = []
-        for piece, start in zip(self._pieces(), starts, strict=True):
-            with self._evaluating(start, params):
-                new = contribution(self._share(params, start, piece, meta)[0])
+        for evaluate, batch, start in self._reversible(starts):
+            with drawing(start.rng, params), torch.enable_grad():
+                new = contribution(evaluate(Point(params, start.buffers, batch, meta)).share)
             total = add(total, new) if total else new
         return total
 
@@ -83,8 +88,8 @@ class BatchLoss:
         params: Params,
         meta: Tree,
         starts: Sequence[Start],
-        gammas: Sequence[Sequence[Tensor]],
-        ends: Sequence[Sequence[Tensor]],
+        gammas: Cotangents,
+        ends: Cotangents,
         wrt_params: bool,
     ) -> list[Pulled]:
         """eq. 5 and 6 for each of several γ, last micro-batch first.
@@ -92,48 +97,45 @@ class BatchLoss:
         Args:
             gammas, ends: cotangents of the gradient and of the buffers after the step.
         """
-        param_leaves, meta_leaves = list(params.values()) if wrt_params else [], floating_leaves(meta)
-        totals = [Pulled(_zeros(param_leaves), list(end), _zeros(meta_leaves)) for end in ends]
-        for piece, start in reversed(list(zip(self._pieces(), starts, strict=True))):
-            # Fresh leaves: one micro-batch's graph at a time, joined to the one before by its buffers' cotangent.
-            buffers = fresh(start.buffers)
-            groups = (param_leaves, floating_leaves(buffers), meta_leaves)
-            with self._evaluating(start, params):
-                share, after = self._share(params, start._replace(buffers=buffers), piece, meta)
-                outputs = [*loss_gradient(share, params, True), *floating_leaves(after)]
-                given = [[*gamma, *total.buffers] for gamma, total in zip(gammas, totals, strict=True)]
-                new = [Pulled(*grouped(each, groups)) for each in pull_gradient(outputs, joined(groups), given)]
-            totals = [
-                Pulled(add(total.params, each.params), each.buffers, add(total.meta, each.meta))
-                for total, each in zip(totals, new, strict=True)
-            ]
+        totals: list[Pulled] | None = None
+        for evaluate, batch, start in reversed(self._reversible(starts)):
+            # One micro-batch's graph at a time, joined to the one before by its buffers' cotangent.
+            with drawing(start.rng, params):
+                at = Point(params, start.buffers, batch, meta)
+                new = self.derivatives.pull(evaluate, at, gammas, ends, wrt_params)
+            ends = [nonzero(each.buffers) for each in new]
+            totals = new if totals is None else [_sum(*pair) for pair in zip(totals, new, strict=True)]
+        assert totals is not None
         return totals
 
-    def _pieces(self) -> Iterator[Piece]:
-        return cut(self.batch, self.microbatch_size)
+    def _refuse_company(self, params: Params, start: Start, meta: Tree, losses: Tensor, end: Start) -> None:
+        """Raise unless the reverse pass, which cuts the batch elsewhere, is that of the same losses."""
+        changed = [name for name, buffer in start.buffers.items() if not torch.equal(buffer, end.buffers[name])]
+        drawn = not all(map(torch.equal, start.rng, end.rng))
+        with torch.no_grad():
+            pieces = self._pieces(self.reverse_microbatch_size)
+            alone = torch.cat([e(Point(params, start.buffers, batch, meta)).losses for e, batch in pieces])
+        if changed or drawn or disagreement(alone, losses) is not None:
+            why = f"it changes buffer {changed[0]!r}" if changed else "it draws random numbers" if drawn else ""
+            raise ValueError(
+                "`reverse_microbatch_size` cuts the batch in other places than the forward run does, but the loss of "
+                f"an example depends on the others of its micro-batch ({why or 'as under batch norm'}). Set "
+                "`microbatch_size` instead, which is that of both."
+            )
 
-    def _share(self, params: Params, start: Start, piece: Piece, meta: Tree) -> tuple[Scalar, Params]:
-        """One micro-batch's part of the mean loss, and the buffers after it."""
-        # Detached on request; copied, since modules change their buffers in place, and the state is a value.
-        copies = independent(start.buffers) if self.constant_buffers else copies_of(start.buffers)
-        variables = {**params, **copies}
-        with refuse_changes_in_place("the loss", params=params, batch=piece.batch, meta=meta):
-            share = mean_share(self.loss(variables, piece.batch, meta), piece, self.step)
-        refuse_unseen_changes(start.buffers, copies)
-        after = {name: variables[name] for name in copies}
-        return share, detached(after) if self.constant_buffers else after
+    def _reversible(self, starts: Sequence[Start]) -> list[tuple[Evaluation, Tree, Start]]:
+        pieces = self._pieces(self.reverse_microbatch_size or self.microbatch_size)
+        # Where the reverse pass cuts elsewhere, all micro-batches begin alike.
+        begun = starts if self.reverse_microbatch_size is None else [starts[0]] * len(pieces)
+        return [(*piece, start) for piece, start in zip(pieces, begun, strict=True)]
 
-    @contextmanager
-    def _evaluating(self, start: Start, params: Params) -> Iterator[list[tuple[Tensor, ...]]]:
-        """Gradients on, attention that can be differentiated twice, buffers too, and random numbers from `start`."""
-        statistics = floating_leaves(start.buffers) and not self.constant_buffers
-        with ExitStack() as stack:
-            after = stack.enter_context(drawing(start.rng, params))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(DifferentiableStatistics() if statistics else nullcontext())
-            yield after
+    def _pieces(self, size: int | None) -> list[tuple[Evaluation, Tree]]:
+        return [
+            (Evaluation(self.loss, self.step, piece.num_examples, piece.num_total, self.constant_buffers), piece.batch)
+            for piece in cut(self.batch, size)
+        ]
 
 
-def _zeros(leaves: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.zeros_like(leaf) for leaf in leaves]
+def _sum(total: Pulled, new: Pulled) -> Pulled:
+    """Of two micro-batches one after the other, the later one first: its buffers are the other's."""
+    return Pulled(add(total.params, new.params), new.buffers, add(total.meta, new.meta))

@@ -1,6 +1,6 @@
 """Steps that users write: `init` and `__call__`, differentiated by plain reverse mode."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +94,9 @@ class AutogradStep:
         """The next state without a graph, made on the same way as the one with: gradients are on inside."""
         return detached(self._evaluated(state._replace(**fresh(differentiable(state))._asdict()), batch, meta)), None
 
-    def vjp(self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool, kept: None = None) -> tuple[State, Pull]:
+    def vjp(
+        self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool, kept: None = None
+    ) -> tuple[Callable[[], State], Pull]:
         """The next state, and the map that pulls its cotangents back through everything the step did.
 
         Cost: that of one backward through the graph of the step for each cotangent.
@@ -108,7 +110,7 @@ class AutogradStep:
             pulled = pull_gradient(floating_leaves(differentiable(new)), joined(groups), cotangents)
             return [Pullback(s if wrt_state else None, m) for s, m in (grouped(each, groups) for each in pulled)]
 
-        return detached(new), pull
+        return lambda: detached(new), pull
 
     def _evaluated(self, state: State, batch: Tree, meta: Tree) -> State:
         name = type(self.step).__name__

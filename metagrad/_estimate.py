@@ -17,7 +17,7 @@ from metagrad._plan import Cost, Load, Save
 from metagrad._run import Run
 from metagrad._schedule import Binomial, Schedule
 from metagrad._store import Bytes, Kept, Store
-from metagrad._tree import num_bytes
+from metagrad._tree import independent, num_bytes
 from metagrad._types import Term
 
 COPIES = 2
@@ -128,7 +128,7 @@ def measure(run: Run, folder: str | os.PathLike[str] | None, trial: Sequence[Ter
             state, extra = run.step.advance(run.initial, batch, run.meta)
         stepped = perf_counter()
         _, pull = run.step.vjp(run.initial, batch, run.meta, wrt_state=True, kept=extra)
-        pull([term.cotangent for term in trial])
+        pull(independent([term.cotangent for term in trial]))
         seconds = stepped - start, perf_counter() - stepped
     kept = Kept(state, extra)
     file_bytes, write, read = (0, 0.0, 0.0) if folder is None else _copying(kept, Path(folder))

@@ -1,13 +1,15 @@
 """Parameter groups: another optimizer, or other hyperparameters, for each kind of parameter."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from metagrad._adapter import adapt
-from metagrad._transformation import Transformation
+from metagrad._transformation import Given, Made, Transformation
+from metagrad._tree import add
 from metagrad._types import Params, Tree
 
 Rule: TypeAlias = Callable[[str, Tensor], str]
@@ -61,4 +63,18 @@ def groups(rule: Rule, transformations: Mapping[str, GradientTransformation]) ->
             results.update(changes)
         return {name: results[name] for name in updates}, new
 
-    return Transformation(init, update)
+    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor]) -> tuple[Given, list[Tensor]]:
+        to_gradient: Params = {}
+        to_params: Params = {}
+        states: dict[str, Tree] = {}
+        to_meta = [torch.zeros_like(leaf) for leaf in meta]
+        for label, own in part(given.gradient).items():
+            of_group, change = ({name: tree[name] for name in own} for tree in (given.params, cotangent.updates))
+            end = Made(change, cotangent.state[label])
+            back, more = members[label].pull(Given(own, given.state[label], of_group), end, meta)
+            to_gradient.update(back.gradient)
+            to_params.update(back.params or {name: torch.zeros_like(p) for name, p in of_group.items()})
+            states[label], to_meta = back.state, add(to_meta, more)
+        return Given(to_gradient, states, to_params), to_meta
+
+    return Transformation(init, update, pull)

@@ -110,29 +110,33 @@ def cut(batch: Tree, microbatch_size: int | None) -> Iterator[Piece]:
         yield Piece(map_tensors(itemgetter(rows), batch), rows.stop - start, num_total)
 
 
-def mean_share(losses: Tensor, piece: Piece, step: int) -> Scalar:
+def mean_share(losses: Tensor, num_examples: int | None, num_total: int | None) -> Scalar:
     """The part of the batch's mean loss that comes from the `losses` of one piece.
 
     Raises:
         ValueError: if `losses` is neither one loss per example nor, for an uncut batch, a scalar.
-        NonFiniteError: if a loss is NaN or infinite.
     """
-    shape = tuple(losses.shape)
-    if piece.num_examples is not None and losses.ndim == 0:
+    if num_examples is not None and losses.ndim == 0:
         raise ValueError(
             "the loss is a scalar, so its batch cannot be cut, but `microbatch_size` was given. Return one loss per "
             "example, or pass microbatch_size=None."
         )
-    if losses.ndim > 1 or losses.numel() == 0 or piece.num_examples not in (None, losses.numel()):
-        expected = "(examples,)" if piece.num_examples is None else f"({piece.num_examples},)"
-        raise ValueError(f"the loss has shape {shape}. Return one loss per example, shape {expected}, or a scalar.")
+    if losses.ndim > 1 or losses.numel() == 0 or num_examples not in (None, losses.numel()):
+        expected = "(examples,)" if num_examples is None else f"({num_examples},)"
+        raise ValueError(
+            f"the loss has shape {tuple(losses.shape)}. Return one loss per example, shape {expected}, or a scalar."
+        )
+    return losses if losses.ndim == 0 else losses.sum() / (num_total or len(losses))
+
+
+def refuse_non_finite_losses(losses: Tensor, step: int) -> None:
+    """Raise for a loss that is NaN or infinite, naming the step and how many there are."""
     if not bool(torch.isfinite(losses).all()):
         raise NonFiniteError(
             f"the training loss is not finite at step {step}: {int(losses.isnan().sum())} NaN and "
             f"{int(losses.isinf().sum())} infinite of {losses.numel()} values. Look at that batch, lower the learning "
             "rate, or set `clip_norm`."
         )
-    return losses if losses.ndim == 0 else losses.sum() / (piece.num_total or len(losses))
 
 
 def loss_gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor]:

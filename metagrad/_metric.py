@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metagrad._buffers import DifferentiableStatistics
 from metagrad._refusals import refuse_changes_in_place
-from metagrad._tree import add, describe, differentiable, floating_leaves, fresh, not_finite, with_floating_leaves
+from metagrad._tree import describe, differentiable, floating_leaves, fresh, not_finite, with_floating_leaves
 from metagrad._types import Metric, NonFiniteError, Scalar, State, Term
 
 
@@ -69,15 +69,17 @@ class Objective:
         return Objective(terms, is_list)
 
     def try_on(self, state: State) -> list[Term]:
-        """Each metric's terms summed as if all were of this, the initial state; what cannot be differentiated is
-        reported before any training.
+        """Each metric at the initial state, so that what cannot be differentiated is reported before training.
+
+        Returns:
+            The sum of each metric's values, with ones for a gradient: to take it costs as much as a step.
 
         Raises:
             ValueError: as `checked_value` does.
         """
-        found = {id(m): m for steps in self.terms for m in steps.values()}
-        tried = {key: _term(metric, state) for key, metric in found.items()}
-        return [reduce(_sum, (tried[id(m)] for m in steps.values())) for steps in self.terms]
+        values = {id(m): checked_value(m, state)[0].detach() for steps in self.terms for m in steps.values()}
+        ones = [torch.ones_like(leaf) for leaf in floating_leaves(differentiable(state))]
+        return [Term(reduce(torch.add, (values[id(m)] for m in steps.values())), ones) for steps in self.terms]
 
     def marks(self, initial: State) -> dict[str, Any]:
         """What tells these metrics from others: their steps, and what they give on the initial state and beside it."""
@@ -85,8 +87,11 @@ class Objective:
         # Beside it too: many metrics are alike where parameters are still zero.
         moved = with_floating_leaves(parts, [leaf + 0.01 * (1 + leaf.abs()) for leaf in floating_leaves(parts)])
         states = (initial, initial._replace(**moved._asdict()))
-        found = [self.try_on(state) for state in states]
-        return {f"metric {k}": (sorted(steps), [terms[k] for terms in found]) for k, steps in enumerate(self.terms)}
+        found = [{id(m): _term(m, at) for steps in self.terms for m in steps.values()} for at in states]
+        return {
+            f"metric {k}": [(t, [terms[id(m)] for terms in found]) for t, m in sorted(steps.items())]
+            for k, steps in enumerate(self.terms)
+        }
 
     def at(self, state: State) -> list[Term | None]:
         """What each metric adds at this state, None where it has no term.
@@ -145,10 +150,6 @@ def evaluate(metric: Metric, state: State) -> Term:
             + (f", and its gradient is not finite in {', '.join(wrong)}." if wrong else ".")
         )
     return term
-
-
-def _sum(left: Term, right: Term) -> Term:
-    return Term(left.value + right.value, add(left.cotangent, right.cotangent))
 
 
 def _term(metric: Metric, state: State) -> Term:

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from metagrad._batch import BatchLoss, Evaluated, Pulled
-from metagrad._curvature import Contribution, pull_forward
-from metagrad._reverse import pull_gradient
-from metagrad._tree import Differentiable, add, floating_leaves, grouped, joined
+from metagrad._batch import BatchLoss, Evaluated
+from metagrad._derivatives import Cotangents, Pulled
+from metagrad._forward import Contribution, pull_forward
+from metagrad._refusals import MissingDerivativeError
+from metagrad._reverse import nonzero, pull_gradient
+from metagrad._transformation import Given, Made, Transformation
+from metagrad._tree import Differentiable, add, floating_leaves, grouped, joined, with_floating_leaves
 from metagrad._types import Params, Pullback, Tree
 
 
@@ -18,58 +22,71 @@ class StepPullback:
 
     Attributes:
         loss: of the step's batch.
+        optimizer: its transformation, of `meta`.
         inputs, meta: the step's inputs as fresh leaves.
         evaluated: the gradient, with its graph if `has_graph`.
-        gradient: the same as fresh leaves, from which the update was computed.
-        update: the parameters and the optimizer state after the step, with their graph.
         wrt_state: whether the inputs are to have a cotangent, or only `meta`.
-        forward_mode: whether one forward-mode pass may replace the second backward.
+        linear: whether the loss is linear in `meta`, and forward mode may replace the second backward.
     """
 
     loss: BatchLoss
+    optimizer: Transformation
     inputs: Differentiable
     meta: Tree
     evaluated: Evaluated
-    gradient: list[Tensor]
-    update: tuple[Params, Tree]
     wrt_state: bool
     has_graph: bool
-    forward_mode: bool
+    linear: bool
 
     def __call__(self, cotangents: Sequence[Sequence[Tensor]]) -> list[Pullback]:
+        """The cotangents of the inputs; those given are used up."""
+        groups = [floating_leaves(part) for part in self.inputs]
+        to_params, to_optimizer, ends = map(list, zip(*(grouped(c, groups) for c in cotangents), strict=True))
         # eq. 4: through the update, to the gradient (γ) and to everything the update reads directly.
-        params, optimizer, _ = map(floating_leaves, self.inputs)
-        sources = (self.gradient, params, optimizer, floating_leaves(self.meta))
-        outputs = floating_leaves(self.update)
-        given = [cotangent[: len(outputs)] for cotangent in cotangents]
-        direct = [grouped(each, sources) for each in pull_gradient(outputs, joined(sources), given)]
-
+        direct = [self._through_update(*pair) for pair in zip(to_params, to_optimizer, strict=True)]
         # eq. 5 and 6: through the gradient, to the parameters (Hγ), and through the buffers; both to meta.
-        ends = [cotangent[len(outputs) :] for cotangent in cotangents]
-        second = self._through_gradient([gamma for gamma, *_ in direct], ends)
-        return [
-            Pullback(
-                [*add(to_params, through.params), *to_optimizer, *through.buffers] if self.wrt_state else None,
-                add(to_meta, through.meta),
-            )
-            for (_, to_params, to_optimizer, to_meta), through in zip(direct, second, strict=True)
-        ]
+        gammas = [nonzero(floating_leaves(given.gradient)) for given, _ in direct]
+        second = self._through_gradient(gammas, [nonzero(end) for end in ends])
+        pulled = []
+        for params, (given, to_meta), through in zip(to_params, direct, second, strict=True):
+            state = None
+            if self.wrt_state:
+                for parts in (floating_leaves(given.params), through.params):
+                    # In place: the parameters' cotangent passes the update as it is, and what is added is let go.
+                    for total, part in zip(params, parts, strict=False):
+                        total.add_(part)
+                state = [*params, *floating_leaves(given.state), *through.buffers]
+            pulled.append(Pullback(state, add(to_meta, through.meta)))
+        return pulled
 
-    def _through_gradient(self, gammas: Sequence[Sequence[Tensor]], ends: Sequence[Sequence[Tensor]]) -> list[Pulled]:
-        if self.forward_mode and (pulled := self._forward(gammas)):
-            return pulled
+    def _through_update(self, to_params: list[Tensor], to_optimizer: list[Tensor]) -> tuple[Given, list[Tensor]]:
+        params, optimizer, _ = self.inputs
+        gradient = dict(zip(params, (g.detach() for g in self.evaluated.gradient), strict=True))
+        end = Made(with_floating_leaves(params, to_params), with_floating_leaves(optimizer, to_optimizer))
+        with torch.enable_grad():
+            return self.optimizer.pull(Given(gradient, optimizer, params), end, floating_leaves(self.meta))
+
+    def _through_gradient(self, gammas: Cotangents, ends: Cotangents) -> list[Pulled]:
         if not self.has_graph:
+            if self.linear and not self.wrt_state and (pulled := self._forward(gammas)):
+                return pulled
             return self.loss.pull(self.inputs.params, self.meta, self.evaluated.starts, gammas, ends, self.wrt_state)
+        try:
+            return self._reverse(gammas, ends)
+        except MissingDerivativeError:
+            # One derivative is enough where only weights are asked for.
+            if self.linear and not self.wrt_state and (pulled := self._forward(gammas)):
+                return pulled
+            raise
+
+    def _reverse(self, gammas: Cotangents, ends: Cotangents) -> list[Pulled]:
         state = floating_leaves(self.inputs.params), floating_leaves(self.inputs.buffers)
         groups = (*(state if self.wrt_state else ([], [])), floating_leaves(self.meta))
-        outputs, given = self.evaluated.gradient, gammas
-        # Usually nothing reads the buffers, and zeros need not be pulled back through the model.
-        if any(bool(cotangent.any()) for end in ends for cotangent in end):
-            outputs = [*outputs, *floating_leaves(self.evaluated.end.buffers)]
-            given = [[*gamma, *end] for gamma, end in zip(gammas, ends, strict=True)]
+        outputs = [*self.evaluated.gradient, *floating_leaves(self.evaluated.end.buffers)]
+        given = [[*gamma, *end] for gamma, end in zip(gammas, ends, strict=True)]
         return [Pulled(*grouped(each, groups)) for each in pull_gradient(outputs, joined(groups), given)]
 
-    def _forward(self, gammas: Sequence[Sequence[Tensor]]) -> list[Pulled] | None:
+    def _forward(self, gammas: Cotangents) -> list[Pulled] | None:
         """eq. 6 alone, by forward mode; None where that does not work. Weights of examples reach no buffer."""
 
         def total(contribution: Contribution, params: Params) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """The random numbers of a training step: generator states as tensors, so that a replay draws the same."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,29 +11,30 @@ from metagrad._types import Params
 
 def seeded(seed: int, params: Params) -> tuple[Tensor, ...]:
     """The states of torch's own generators after `torch.manual_seed(seed)`: the CPU's, then each used device's."""
-    devices = _cuda_devices(params)
+    devices = cuda_devices(params.values())
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
-        return _read(devices)
+        return generator_states(devices)
 
 
 @contextmanager
 def drawing(rng: tuple[Tensor, ...], params: Params) -> Iterator[list[tuple[Tensor, ...]]]:
     """Draw from the generator states `rng` inside, and leave the caller's as they were; yields [the states after]."""
-    devices = _cuda_devices(params)
+    devices = cuda_devices(params.values())
     after: list[tuple[Tensor, ...]] = []
     with torch.random.fork_rng(devices):
         torch.set_rng_state(rng[0])
         for device, state in zip(devices, rng[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
         yield after
-        after.append(_read(devices))
+        after.append(generator_states(devices))
 
 
-def _cuda_devices(params: Params) -> list[int]:
-    """The CUDA devices that hold parameters; the CPU always draws too."""
-    return sorted({p.device.index for p in params.values() if p.device.type == "cuda"})
+def cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
+    """The CUDA devices that hold `tensors`; the CPU always draws too."""
+    return sorted({tensor.device.index for tensor in tensors if tensor.device.type == "cuda"})
 
 
-def _read(devices: list[int]) -> tuple[Tensor, ...]:
+def generator_states(devices: list[int]) -> tuple[Tensor, ...]:
+    """The states of torch's own generators: the CPU's, then those of the CUDA `devices`."""
     return (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices))

@@ -110,6 +110,10 @@ def refuse_unknown_leaves(what: str, tree: Tree) -> None:
             )
 
 
+class MissingDerivativeError(RuntimeError):
+    """A second derivative is needed of what has only one."""
+
+
 def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:
     """Raise if `outputs` went through a function that cannot be differentiated again.
 
@@ -124,7 +128,7 @@ def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:
             continue
         seen.add(node)
         if node.name() == "torch::autograd::Error":
-            raise RuntimeError(
+            raise MissingDerivativeError(
                 "the loss uses a function marked @once_differentiable, and a second derivative is needed. Write its "
                 "backward in differentiable operations, or replace the function."
             )

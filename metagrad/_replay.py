@@ -143,9 +143,12 @@ class Replay:
         return _with_terms(Progress(state.step, done.values, carried, totals), terms(state))
 
     def _nothing_yet(self, state: State, terms: Sequence[Term | None]) -> Progress:
-        zeros = [torch.zeros_like(leaf) for leaf in floating_leaves(differentiable(state))]
-        totals = [[torch.zeros_like(leaf) for leaf in floating_leaves(self.meta)] for _ in terms]
-        return _with_terms(Progress(state.step, [None for _ in terms], [zeros for _ in terms], totals), terms)
+        # Each metric's own: a step's pullback uses up what it is given.
+        carried, totals = (
+            [[torch.zeros_like(leaf) for leaf in floating_leaves(tree)] for _ in terms]
+            for tree in (differentiable(state), self.meta)
+        )
+        return _with_terms(Progress(state.step, [None for _ in terms], carried, totals), terms)
 
     def _move(self, action: Action, state: State, tick: Callable[[], object]) -> State:
         if self.unsaved is not None and not isinstance(action, Run):
@@ -169,7 +172,8 @@ class Replay:
         if state.step == len(self.batches) - 1:
             # Under every schedule, since a gradient with a graph may differ from one without in its last bit; used
             # again where this very step is reversed next.
-            new, pull = self._linearize(state)
+            after, pull = self._linearize(state)
+            new = after()
             first = self.plan.reverse[0]
             self.last_pull = pull if isinstance(first, Load) and first.step == state.step else None
             extra = None
@@ -192,7 +196,7 @@ class Replay:
         self.store.put(Kept(self.unsaved, extra))
         self.unsaved = None
 
-    def _linearize(self, state: State) -> tuple[State, Pull]:
+    def _linearize(self, state: State) -> tuple[Callable[[], State], Pull]:
         # Step 0 needs no cotangent of its own state unless the initial parameters are to have a gradient.
         wrt_state = self.wrt_params or state.step > 0
         return self.step.vjp(state, self._batch(state.step), self.meta, wrt_state=wrt_state, kept=self.extra)

@@ -127,7 +127,7 @@ class Run:
             return
         batch = self.batches[0]
         if len(self.batches) == 1:
-            new, _ = self.step.vjp(self.initial, batch, self.meta, wrt_state=self.wrt_params)
+            new = self.step.vjp(self.initial, batch, self.meta, wrt_state=self.wrt_params)[0]()
         else:
             with torch.no_grad():
                 new, _ = self.step.advance(self.initial, batch, self.meta)

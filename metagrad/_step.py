@@ -1,7 +1,7 @@
 """One training step, θ ↦ U(θ, ∇L(θ)), and its pullback. Everything that defines the step is in the step."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -10,10 +10,13 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from metagrad._batch import BatchLoss, Evaluated, Start
+from metagrad._compiled import Compiled
+from metagrad._derivatives import Derivatives, ReverseOverReverse
 from metagrad._loss import WeightedLoss
 from metagrad._pullback import StepPullback
 from metagrad._random import seeded
 from metagrad._refusals import refuse_changed_shapes, refuse_other_structure, refuse_shared_modules, refuse_unreadable
+from metagrad._transformation import Transformation, chained
 from metagrad._tree import describe, detached, differentiable, fresh, independent, tensor_leaves
 from metagrad._types import Batches, Loss, Params, Pull, State, Tree
 from metagrad.optim import adapt, clip
@@ -31,10 +34,15 @@ class TrainStep:
         optimizer: a TorchOpt gradient transformation, or a function of `meta` that returns one.
         microbatch_size: examples differentiated at a time. Same gradient up to rounding, less memory; every tensor
             of a batch is then cut along its first axis. None: the whole batch at once.
+        reverse_microbatch_size: another `microbatch_size` for the second derivatives, which take about three times the
+            memory of the first. Refused where the loss of an example depends on the others of its micro-batch.
         clip_norm: upper bound of the gradient's global L2 norm, differentiated; the formula is that of
             `torch.nn.utils.clip_grad_norm_`.
         seed: start of the random numbers that the loss may draw (dropout). They are part of the state, so a replay
             draws the same; the generator of the caller is left as it was.
+        compile: run the loss's gradient and its pullback as compiled graphs, one of each for each shape of a batch. The
+            numbers are those of the uncompiled step but for rounding, and the same in every run. Making a graph takes
+            seconds to minutes, once; where it cannot be made a warning says why.
         constant_buffers: take buffers (running statistics) as constants. Otherwise they are state like any other, and
             a metric or a loss that reads them is differentiated through them.
 
@@ -48,15 +56,18 @@ class TrainStep:
     loss: Loss
     optimizer: Optimizer
     microbatch_size: int | None = None
+    reverse_microbatch_size: int | None = None
     clip_norm: float | None = None
     seed: int = 0
     constant_buffers: bool = False
+    compile: bool = False
+    derivatives: Derivatives = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        if self.microbatch_size is not None and self.microbatch_size < 1:
-            raise ValueError(
-                f"`microbatch_size` is {self.microbatch_size}. Pass at least 1, or None for the whole batch."
-            )
+        for name in ("microbatch_size", "reverse_microbatch_size"):
+            size: int | None = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"`{name}` is {size}. Pass at least 1, or None.")
         if not isinstance(self.optimizer, GradientTransformation) and (
             not callable(self.optimizer) or isinstance(self.optimizer, type)
         ):
@@ -66,6 +77,8 @@ class TrainStep:
             )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"`clip_norm` is {self.clip_norm}. Pass a norm above 0, or None not to clip.")
+        # Compiled graphs are kept with the step, so that one run after another finds them.
+        object.__setattr__(self, "derivatives", Compiled() if self.compile else ReverseOverReverse())
 
     def init(self, params: Mapping[str, Tensor] | torch.nn.Module | State, meta: Tree) -> State:
         """The state before step 0: copies of the parameters and buffers, a fresh optimizer, seeded randomness.
@@ -132,61 +145,72 @@ class TrainStep:
             return self.advance(state, batch, meta)[0]
         # What has a graph keeps it; the other parameters become leaves of this step alone.
         params = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in state.params.items()}
-        evaluated = self._loss_of(batch, state).gradient(params, Start(state.buffers, state.rng), meta, keep_graph=True)
-        return _next(state, evaluated, self._update(evaluated.gradient, state.optimizer, params, meta))
+        start = Start(state.buffers, state.rng)
+        evaluated = self._loss_of(batch, state).gradient(params, start, meta, keep_graph=True)
+        return self._next(state._replace(params=params), evaluated, meta)
 
     def advance(self, state: State, batch: Tree, meta: Tree) -> tuple[State, Evaluated | None]:
-        """The next state without a graph; with micro-batches also their gradient, which a pullback needs whole."""
+        """The next state without a graph; and the gradient, if a pullback would have to take it again."""
         start = Start(state.buffers, state.rng)
-        evaluated = self._loss_of(batch, state).gradient(fresh(state.params), start, meta, keep_graph=False)
+        evaluated = self._loss_of(batch, state).gradient(state.params, start, meta, keep_graph=False)
         with torch.no_grad():
-            update = self._update(evaluated.gradient, state.optimizer, state.params, meta)
-        return _next(state, evaluated, update), evaluated if self.microbatch_size is not None else None
+            return self._next(state, evaluated, meta), None if self._keeps_graph else evaluated
 
     def vjp(
         self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool, kept: Evaluated | None = None
-    ) -> tuple[State, Pull]:
-        """The state after one step on `batch`, and the map that pulls its cotangents back (docs/theory.md, eq. 4–6).
+    ) -> tuple[Callable[[], State], Pull]:
+        """The state after one step on `batch`, when called for, and the map that pulls its cotangents back.
 
-        Without `wrt_state` no Hessian product is formed; if besides the loss is `weighted` and no weight of the batch
-        is (nearly) 0, one forward-mode pass replaces the second backward. `kept` is what `advance` gave at `state`.
+        docs/theory.md, eq. 4–6. Without `wrt_state` no Hessian product is formed. `kept` is what `advance` gave at
+        `state`.
 
-        Cost: 9 forward passes in all; with micro-batches 12, or 9 with `kept`; at most 6 where only weights are asked
-        for. Each further cotangent costs 6.
+        Cost: 9 forward passes in all, or 5 where only `meta` is asked for; each further cotangent 6. Where no graph is
+        kept between the gradient and its pullback (micro-batches) 12, or 9 with `kept`; and 6 where only weights are
+        asked for.
         """
         # Fresh leaves: the cotangents will carry everything that comes after this step.
         inputs, meta = fresh(differentiable(state)), fresh(meta)
-        # Forward mode is checked against the gradient, in which an example of weight 0 does not appear.
-        linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta)
-        forward_mode = not wrt_state and linear
-        has_graph = self.microbatch_size is None and not forward_mode
         loss = self._loss_of(batch, state)
-        start = Start(inputs.buffers if has_graph else state.buffers, state.rng)
-        evaluated = kept or loss.gradient(inputs.params, start, meta, keep_graph=has_graph)
-        # Detached: the update is pulled back first, the gradient's own graph after it.
-        gradient = [g.detach().requires_grad_() for g in evaluated.gradient]
+        start = Start(inputs.buffers, state.rng) if self._keeps_graph else Start(state.buffers, state.rng)
+        evaluated = kept or loss.gradient(inputs.params, start, meta, keep_graph=self._keeps_graph)
+        # Forward mode is checked against the gradient, in which an example of weight 0 does not appear.
+        linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta) and not self.compile
         with torch.enable_grad():
-            update = self._update(gradient, inputs.optimizer, inputs.params, meta)
-        pull = StepPullback(loss, inputs, meta, evaluated, gradient, update, wrt_state, has_graph, forward_mode)
-        return detached(_next(state, evaluated, update)), pull
+            optimizer = self._transformation(meta)
+        pull = StepPullback(loss, optimizer, inputs, meta, evaluated, wrt_state, self._keeps_graph, linear)
+
+        def after() -> State:
+            with torch.no_grad():
+                return self._next(state, detached(evaluated), meta)
+
+        return after, pull
+
+    @property
+    def _keeps_graph(self) -> bool:
+        """Whether a reversed step keeps the graph of its gradient until that is pulled back."""
+        return self.microbatch_size is None and self.reverse_microbatch_size is None and not self.compile
 
     def _loss_of(self, batch: Tree, state: State) -> BatchLoss:
-        return BatchLoss(self.loss, batch, state.step, self.microbatch_size, self.constant_buffers)
-
-    def _update(self, gradient: Sequence[Tensor], optimizer: Tree, params: Params, meta: Tree) -> tuple[Params, Tree]:
-        """Parameters and optimizer state after the update by `gradient` (in the order of `params`)."""
-        updates, new_optimizer = self._transformation(meta).update(
-            dict(zip(params, gradient, strict=True)), optimizer, params=params, inplace=False
+        return BatchLoss(
+            self.loss,
+            batch,
+            state.step,
+            self.microbatch_size,
+            self.reverse_microbatch_size,
+            self.constant_buffers,
+            self.derivatives,
         )
-        new_params: Params = torchopt.apply_updates(params, updates, inplace=False)
-        refuse_changed_shapes(params, new_params)
-        return new_params, new_optimizer
 
-    def _transformation(self, meta: Tree) -> GradientTransformation:
+    def _next(self, state: State, evaluated: Evaluated, meta: Tree) -> State:
+        """The state after the update by a gradient (in the order of the parameters)."""
+        params = state.params
+        gradient = dict(zip(params, evaluated.gradient, strict=True))
+        updates, optimizer = self._transformation(meta).update(gradient, state.optimizer, params=params, inplace=False)
+        new: Params = torchopt.apply_updates(params, updates, inplace=False)
+        refuse_changed_shapes(params, new)
+        return State(new, evaluated.end.buffers, optimizer, evaluated.end.rng, state.step + 1)
+
+    def _transformation(self, meta: Tree) -> Transformation:
         # Ours pass as they are; any other proves itself in its `init`, once a run.
         chosen = adapt(self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta))
-        return chosen if self.clip_norm is None else torchopt.chain(clip(self.clip_norm), chosen)
-
-
-def _next(state: State, evaluated: Evaluated, update: tuple[Params, Tree]) -> State:
-    return State(update[0], evaluated.end.buffers, update[1], evaluated.end.rng, state.step + 1)
+        return chosen if self.clip_norm is None else chained(clip(self.clip_norm), chosen)

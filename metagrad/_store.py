@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from metagrad._tree import map_tensors, num_bytes
+from metagrad._tree import map_tensors, num_bytes, tensor_leaves
 from metagrad._types import State, Tree
 
 
@@ -87,7 +87,7 @@ class RamStore(Store):
 
 
 class PinnedStore(Store):
-    """States of a GPU kept in the pinned memory of its host, so that they do not take the GPU's.
+    """States of a GPU kept in the pinned memory of its host, copied on a stream of their own beside the computation.
 
     Raises:
         ValueError: where there is no CUDA device; use `RamStore` there.
@@ -98,6 +98,8 @@ class PinnedStore(Store):
             raise ValueError("`PinnedStore` keeps the states of a GPU, but torch finds no CUDA device. Use RamStore().")
         self._host = RamStore()
         self._devices: dict[int, list[torch.device]] = {}
+        self._coming: dict[int, Kept] = {}
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def put(self, kept: Kept) -> None:
         devices: list[torch.device] = []
@@ -106,19 +108,51 @@ class PinnedStore(Store):
             devices.append(leaf.device)
             if leaf.device.type == "cpu":
                 return leaf
-            return torch.empty_like(leaf, device="cpu", pin_memory=True).copy_(leaf)
+            host = torch.empty_like(leaf, device="cpu", pin_memory=True)
+            stream = self._after_current(leaf.device)
+            with torch.cuda.stream(stream):
+                host.copy_(leaf, non_blocking=True)
+            leaf.record_stream(stream)  # Its memory is not used again before it has been copied.
+            return host
 
         self._host.put(map_tensors(to_host, kept))
         self._devices[kept.state.step] = devices
 
-    def get(self, step: int) -> Kept:
+    def expect(self, step: int) -> None:
+        """Begin to copy a state back."""
         devices = iter(self._devices[step])
-        kept: Kept = map_tensors(lambda leaf: leaf.to(next(devices), non_blocking=True), self._host.get(step))
+
+        def to_device(leaf: Tensor) -> Tensor:
+            device = next(devices)
+            if device.type == "cpu":
+                return leaf
+            # On the stream that wrote it, and so after that.
+            with torch.cuda.stream(self._after_current(device)):
+                return leaf.to(device, non_blocking=True)
+
+        self._coming[step] = map_tensors(to_device, self._host.get(step))
+
+    def get(self, step: int) -> Kept:
+        if step not in self._coming:
+            self.expect(step)
+        kept = self._coming.pop(step)
+        for leaf in tensor_leaves(kept):
+            if leaf.device.type == "cuda":
+                current = torch.cuda.current_stream(leaf.device)
+                current.wait_stream(self._streams[leaf.device])
+                leaf.record_stream(current)  # It was made on the other stream, and is used on this one.
         return kept
 
     def drop(self, step: int) -> None:
         self._host.drop(step)
+        self._coming.pop(step, None)
         del self._devices[step]
+
+    def _after_current(self, device: torch.device) -> torch.cuda.Stream:
+        """The device's stream of copies, which goes on when everything is done that was asked for so far."""
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        stream.wait_stream(torch.cuda.current_stream(device))
+        return stream
 
     @property
     def peak_bytes(self) -> Bytes:

@@ -1,8 +1,8 @@
-"""What our optimizers are made of: transformations that may be trusted, and hyperparameters that change by step."""
+"""What our optimizers are made of: transformations with a pullback, and hyperparameters that change by step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import optree
 import torch
@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
-from metagrad._tree import describe
+from metagrad._reverse import pull_gradient
+from metagrad._tree import add, describe, floating_leaves, fresh, grouped, joined, with_floating_leaves
 from metagrad._types import Tree
 
 Value: TypeAlias = float | Tensor
@@ -20,8 +21,97 @@ Hyperparameter: TypeAlias = Value | Callable[[int], Value]
 """A number, a tensor of shape (), or a schedule: a function of the number of steps taken so far."""
 
 
+class Given(NamedTuple):
+    """What an update reads, or the cotangents of that."""
+
+    gradient: Tree
+    state: Tree
+    params: Tree  # As a cotangent None stands for zeros.
+
+
+class Made(NamedTuple):
+    """What an update returns, or the cotangents of that."""
+
+    updates: Tree
+    state: Tree
+
+
+class PullUpdate(Protocol):
+    """From the cotangents of an update's results to those of what it was given, and of `meta`.
+
+    `meta` are leaves that the hyperparameters may have been computed from; gradients are enabled inside.
+    """
+
+    def __call__(self, given: Given, cotangent: Made, meta: Sequence[Tensor], /) -> tuple[Given, list[Tensor]]: ...
+
+
 class Transformation(GradientTransformation):
-    """A gradient transformation that is known to be pure and differentiable: written here, or adapted."""
+    """A gradient transformation that is known to be pure and differentiable: written here, or adapted.
+
+    Attributes:
+        pull: its pullback; by autograd, where none is given.
+    """
+
+    pull: PullUpdate
+
+    def __new__(cls, init: Callable[..., Tree], update: Callable[..., Tree], pull: PullUpdate | None = None):  # type: ignore[no-untyped-def]  # a named tuple's
+        """Of TorchOpt's two functions, and the pullback of the second."""
+        self = super().__new__(cls, init, update)
+        self.pull = pull or _pulled_by_autograd(update)
+        return self
+
+
+def chained(*links: Transformation) -> Transformation:
+    """One transformation after the other, as `torchopt.chain`, whose state it has, and each pulled back by itself."""
+
+    def init(params: Tree) -> tuple[Tree, ...]:
+        return tuple(link.init(params) for link in links)
+
+    def update(updates: Tree, state: Tree, *, params: Tree = None, inplace: bool = False) -> Made:
+        new = []
+        for link, own in zip(links, state, strict=True):
+            updates, changed = link.update(updates, own, params=params, inplace=False)
+            new.append(changed)
+        return Made(updates, tuple(new))
+
+    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor]) -> tuple[Given, list[Tensor]]:
+        reached = [given.gradient]
+        with torch.no_grad():
+            for link, own in zip(links[:-1], given.state, strict=False):
+                reached.append(link.update(reached[-1], own, params=given.params, inplace=False)[0])
+        flowing, to_params, to_meta = cotangent.updates, None, [torch.zeros_like(leaf) for leaf in meta]
+        states: list[Tree] = []
+        for link, gradient, own, end in reversed(list(zip(links, reached, given.state, cotangent.state, strict=True))):
+            back, more = link.pull(Given(gradient, own, given.params), Made(flowing, end), meta)
+            flowing = back.gradient
+            states.append(back.state)
+            to_params = back.params if to_params is None else plus(to_params, back.params)
+            to_meta = add(to_meta, more)
+        return Given(flowing, tuple(reversed(states)), to_params), to_meta
+
+    return Transformation(init, update, pull)
+
+
+def plus(left: Tree, right: Tree | None) -> Tree:
+    """The sum of two trees of cotangents."""
+    if right is None:
+        return left
+    return with_floating_leaves(left, add(floating_leaves(left), floating_leaves(right)))
+
+
+def _pulled_by_autograd(update: Callable[..., Tree]) -> PullUpdate:
+    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor]) -> tuple[Given, list[Tensor]]:
+        given = fresh(given)
+        made = update(given.gradient, given.state, params=given.params, inplace=False)
+        groups = [floating_leaves(given), meta]
+        # Retained: what the hyperparameters were computed from serves several groups, and several metrics.
+        pulled = pull_gradient(floating_leaves(made), joined(groups), [floating_leaves(cotangent)], retain_graph=True)[
+            0
+        ]
+        to_given, to_meta = grouped(pulled, groups)
+        return with_floating_leaves(given, to_given), to_meta
+
+    return pull
 
 
 class Steps(NamedTuple):
@@ -80,4 +170,4 @@ def plus_decay(updates: Tree, params: Tree, weight_decay: Value) -> Tree:
 def zero_steps() -> Int[Tensor, ""]:
     """The count of a new optimizer."""
     # On the CPU whatever the device of the parameters: the count is read at every step.
-    return torch.zeros((), dtype=torch.int64)
+    return torch.zeros((), dtype=torch.int64, device="cpu")

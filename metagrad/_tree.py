@@ -97,8 +97,12 @@ def num_bytes(tree: Tree) -> int:
 def not_finite(root: str, tree: Tree, values: Iterable[Tensor]) -> list[str]:
     """Where `values`, one for each floating-point leaf of `tree`, hold a NaN or an infinity."""
     leaves = zip(names(root, tree), tensor_leaves(tree), strict=True)
-    floating = [name for name, leaf in leaves if leaf.is_floating_point()]
-    return [name for name, value in zip(floating, values, strict=True) if not bool(torch.isfinite(value).all())]
+    named = dict(zip((name for name, leaf in leaves if leaf.is_floating_point()), values, strict=True))
+    # A sum is one reading, and finite only if all entries are. It may overflow where none does: then each is seen.
+    sums = [value.detach().sum().float() for value in named.values()]
+    if not sums or bool(torch.stack([each.to(sums[0].device) for each in sums]).isfinite().all()):
+        return []
+    return [name for name, value in named.items() if not bool(torch.isfinite(value).all())]
 
 
 def describe(value: Tree) -> str:

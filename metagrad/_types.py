@@ -75,7 +75,10 @@ class Pullback(NamedTuple):
 
 
 Pull: TypeAlias = Callable[[Sequence[Sequence[Tensor]]], list[Pullback]]
-"""From cotangents of the state after a step, one for each metric, to those of the step's inputs. Used once."""
+"""From cotangents of the state after a step, one for each metric, to those of the step's inputs. Used once.
+
+The cotangents are given away: they may be overwritten.
+"""
 
 
 class Step(Protocol):
@@ -107,8 +110,10 @@ class LinearStep(Step, Protocol):
         """The next state without a graph, and what is worth keeping with `state` for its pullback, or None."""
         ...
 
-    def vjp(self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool, kept: Tree = None) -> tuple[State, Pull]:
-        """The next state, and the map from its cotangents to those of `state` (if `wrt_state`) and `meta`."""
+    def vjp(
+        self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool, kept: Tree = None
+    ) -> tuple[Callable[[], State], Pull]:
+        """The next state when called for, and the map from its cotangents to those of `state` (if asked) and `meta`."""
         ...
 
 

@@ -16,15 +16,16 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from metagrad._adapter import adapt
+from metagrad._elementwise import elementwise
 from metagrad._groups import groups
 from metagrad._muon import muon
+from metagrad._rules import AdamRule, SgdRule
 from metagrad._transformation import (
     Hyperparameter,
     Steps,
     Transformation,
     Value,
     is_zero,
-    plus_decay,
     values_by_step,
     zero_steps,
 )
@@ -80,21 +81,7 @@ def sgd(
         values_at(step)  # A schedule's first values are checked before training.
         return Steps(step) if is_zero(momentum) else MomentumState(step, optree.tree_map(torch.zeros_like, params))
 
-    def update(updates: Tree, state: Tree, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Tree]:
-        now = values_at(state.step)
-        gradient = direction = plus_decay(updates, params, now["weight_decay"])
-        new: Steps | MomentumState = Steps(state.step + 1)
-        if isinstance(state, MomentumState):
-            # Python numbers, not torch.where: a where of two Python numbers is float32 whatever the parameters are.
-            share = 1.0 if int(state.step) == 0 else 1.0 - now["dampening"]
-            kept = now["momentum"]
-            velocity = direction = optree.tree_map(lambda v, g: kept * v + share * g, state.velocity, gradient)
-            if nesterov:
-                direction = optree.tree_map(lambda g, v: g + kept * v, gradient, velocity)
-            new = MomentumState(state.step + 1, velocity)
-        return _descended(direction, now["lr"]), new
-
-    return Transformation(init, update)
+    return elementwise(init, values_at, SgdRule(nesterov))
 
 
 def adam(
@@ -183,23 +170,7 @@ def _adam(
         zeros = optree.tree_map(torch.zeros_like, params)
         return AdamState(step, zeros, zeros)
 
-    def update(
-        updates: Tree, state: AdamState, *, params: Tree = None, inplace: bool = False
-    ) -> tuple[Tree, AdamState]:
-        now = values_at(state.step)
-        beta1, beta2, step = now["betas[0]"], now["betas[1]"], state.step + 1
-        gradient = updates if decoupled else plus_decay(updates, params, now["weight_decay"])
-        mean = optree.tree_map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mean, gradient)
-        square = optree.tree_map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.square, gradient)
-        correction1, correction2 = 1 - beta1 ** int(step), 1 - beta2 ** int(step)
-        direction = optree.tree_map(
-            lambda m, v: (m / correction1) / ((v / correction2 + now["eps_root"]).sqrt() + now["eps"]), mean, square
-        )
-        if decoupled:
-            direction = plus_decay(direction, params, now["weight_decay"])
-        return _descended(direction, now["lr"]), AdamState(step, mean, square)
-
-    return Transformation(init, update)
+    return elementwise(init, values_at, AdamRule(decoupled))
 
 
 def _check_adam(name: str, value: Value) -> None:
@@ -210,8 +181,3 @@ def _check_adam(name: str, value: Value) -> None:
         )
     if name.startswith("betas") and not isinstance(value, Tensor) and not 0.0 <= value < 1.0:
         raise ValueError(f"`{name}` is {value}. Both betas must be at least 0 and below 1.")
-
-
-def _descended(direction: Tree, lr: Value) -> Tree:
-    """−lr·direction."""
-    return optree.tree_map(lambda u: -lr * u, direction)

@@ -89,7 +89,7 @@ class ProductTest:
 def pulled_back(step: LinearStep, state: State, batch: Tree, meta: Tree, cotangent: Sequence[Tensor]) -> list[Tensor]:
     """Jᵀv: cotangents of the state, then of meta, by the step's own pullback."""
     _, pull = step.vjp(state, batch, meta, wrt_state=True)
-    (pulled,) = pull([cotangent])
+    (pulled,) = pull([[leaf.clone() for leaf in cotangent]])
     assert pulled.state is not None
     return [*pulled.state, *pulled.meta]
 

@@ -20,7 +20,7 @@ def pull_forward(
     total: Callable[[Contribution, Params], list[Tensor]],
     params: Params,
     gradient: Sequence[Tensor],
-    gamma: Sequence[Tensor],
+    gamma: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
 ) -> list[Tensor] | None:
     """(∂²L/∂z∂θ)γ for a loss that is linear in z = `inputs`, without any backward through θ: ∂⟨∇L, γ⟩/∂z.
@@ -67,10 +67,10 @@ class _StoppedGradients(TorchFunctionMode):
         return output
 
 
-def _as_duals(params: Params, gamma: Sequence[Tensor]) -> Params:
-    """`params` with tangent γ. Where γ is exactly zero a plain tensor does, and what depends on no other is cheaper."""
+def _as_duals(params: Params, gamma: Sequence[Tensor | None]) -> Params:
+    """`params` with tangent γ. Where γ is zero a plain tensor does, and what depends on no other is cheaper."""
     return {
-        name: forward_ad.make_dual(value.detach(), tangent) if tangent.any() else value.detach()
+        name: value.detach() if tangent is None else forward_ad.make_dual(value.detach(), tangent)
         for (name, value), tangent in zip(params.items(), gamma, strict=True)
     }
 
@@ -83,7 +83,7 @@ def _tangent_gradient(loss: Scalar, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _agrees(
-    inputs: Sequence[Tensor], pulled: Sequence[Tensor], gradient: Sequence[Tensor], gamma: Sequence[Tensor]
+    inputs: Sequence[Tensor], pulled: Sequence[Tensor], gradient: Sequence[Tensor], gamma: Sequence[Tensor | None]
 ) -> bool:
     """Whether ⟨z, (∂²L/∂z∂θ)γ⟩ = ⟨∇L, γ⟩, as it must be for a loss linear in z.
 
@@ -92,7 +92,8 @@ def _agrees(
     """
     with torch.no_grad():
         left = torch.cat([(x * c).flatten() for x, c in zip(inputs, pulled, strict=True)])
-        right = torch.cat([(g * c).flatten() for g, c in zip(gradient, gamma, strict=True)])
+        pairs = [(g, c) for g, c in zip(gradient, gamma, strict=True) if c is not None]
+        right = torch.cat([(g * c).flatten() for g, c in pairs] or [left.new_zeros(0)])
     gap = (left.sum() - right.sum()).abs()
     precision = max(torch.finfo(tensor.dtype).eps for tensor in (*inputs, *gradient))
     tolerance = precision**0.5 * (left.abs().sum() + right.abs().sum())

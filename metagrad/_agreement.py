@@ -1,0 +1,25 @@
+"""Whether two ways to compute a derivative agree, for ways that are faster than they are safe."""
+
+import torch
+
+from metagrad._tree import floating_leaves
+from metagrad._types import Tree
+
+
+def disagreement(found: Tree, expected: Tree) -> str | None:
+    """In words how far `found` is from `expected`, where that is more than rounding; None where they agree.
+
+    Tensor by tensor, in norm. The tolerance is the square root of the tensors' precision ε: far above rounding, far
+    below a missing term. A tensor that is smaller than √ε of the largest one is compared with that: it may be nothing
+    but rounding, as the gradient of a bias that a softmax or a norm cancels.
+    """
+    right = floating_leaves(expected)
+    tolerance = max((torch.finfo(leaf.dtype).eps for leaf in right), default=0.0) ** 0.5
+    sizes = [float(torch.linalg.vector_norm(leaf.detach())) for leaf in right]
+    floor = tolerance * max(sizes, default=0.0)
+    for number, (a, b, size) in enumerate(zip(floating_leaves(found), right, sizes, strict=True)):
+        gap = float(torch.linalg.vector_norm((a - b).detach()))
+        # What is not finite is no disagreement: the replay reports it, by name.
+        if gap > tolerance * max(size, floor):
+            return f"it differs by {gap / max(size, floor):.1e} of its size in tensor {number}"
+    return None

@@ -1,0 +1,85 @@
+"""The gradient of one micro-batch's loss, and the way back through it: eq. 1, 5 and 6 of docs/theory.md."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from metagrad._buffers import refuse_unseen_changes
+from metagrad._evaluation import Evaluation, Point
+from metagrad._loss import loss_gradient
+from metagrad._reverse import pull_gradient
+from metagrad._tree import detached, floating_leaves, fresh, grouped, joined
+from metagrad._types import Params
+
+
+class Pulled(NamedTuple):
+    """Cotangents of what a gradient was computed from; `params` is empty unless asked for."""
+
+    params: list[Tensor]
+    buffers: list[Tensor]
+    meta: list[Tensor]
+
+
+class Gradient(NamedTuple):
+    """∇_θ of a share, the losses that it is of, and the buffers after it."""
+
+    gradient: list[Tensor]
+    losses: Tensor
+    buffers: Params
+
+
+Cotangents: TypeAlias = Sequence[Sequence[Tensor | None]]
+"""For each metric one cotangent for each tensor; None stands for zeros."""
+
+
+class Derivatives(Protocol):
+    """A way to differentiate a micro-batch's loss once and twice."""
+
+    def gradient(self, evaluate: Evaluation, at: Point, /) -> Gradient:
+        """∇_θ at a point, without a graph."""
+        ...
+
+    def pull(
+        self, evaluate: Evaluation, at: Point, gammas: Cotangents, ends: Cotangents, wrt_params: bool, /
+    ) -> list[Pulled]:
+        """From cotangents γ of the gradient, and those of the buffers after it, to those of the point."""
+        ...
+
+
+class ReverseOverReverse:
+    """Plain reverse mode, twice."""
+
+    def gradient(self, evaluate: Evaluation, at: Point) -> Gradient:
+        """∇_θ without a graph."""
+        found = gradient_at(evaluate, at)
+        refuse_unseen_changes(at.buffers, found.buffers)
+        # Detached: without a graph nothing is differentiated later, so nothing may be kept alive.
+        return found._replace(buffers=detached(found.buffers))
+
+    def pull(
+        self, evaluate: Evaluation, at: Point, gammas: Cotangents, ends: Cotangents, wrt_params: bool
+    ) -> list[Pulled]:
+        """One backward pass through the graph of the gradient for each γ."""
+        return pulled_at(evaluate, at, gammas, ends, wrt_params)
+
+
+def gradient_at(evaluate: Evaluation, at: Point, keep_graph: bool = False) -> Gradient:
+    """∇_θ at a point; with `keep_graph` in terms of the point's own tensors, otherwise of copies of the parameters."""
+    with torch.enable_grad():
+        # Views: the gradient is that at given buffers, which may themselves depend on the parameters.
+        own = {name: p.view_as(p) for name, p in at.params.items()} if keep_graph else fresh(at.params)
+        share, losses, buffers = evaluate(at._replace(params=own))
+        return Gradient(loss_gradient(share, own, keep_graph), losses, buffers)
+
+
+def pulled_at(evaluate: Evaluation, at: Point, gammas: Cotangents, ends: Cotangents, wrt_params: bool) -> list[Pulled]:
+    """Reverse mode over reverse mode from fresh leaves."""
+    at = at._replace(params=fresh(at.params), buffers=fresh(at.buffers), meta=fresh(at.meta))
+    params = floating_leaves(at.params) if wrt_params else []
+    groups = (params, floating_leaves(at.buffers), floating_leaves(at.meta))
+    gradient, _, after = gradient_at(evaluate, at, keep_graph=True)
+    given = [[*gamma, *end] for gamma, end in zip(gammas, ends, strict=True)]
+    pulled = pull_gradient([*gradient, *floating_leaves(after)], joined(groups), given)
+    return [Pulled(*grouped(each, groups)) for each in pulled]
