@@ -31,6 +31,25 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize(
+    "step",
+    [
+        '{"curvature": "auto"}',
+        '{"curvature": "forward-over-reverse"}',
+        '{"curvature": "reverse-over-forward"}',
+        '{"compile": true}',
+    ],
+    ids=["auto", "forward-over-reverse", "reverse-over-forward", "compiled"],
+)
+def exactness(session: nox.Session, step: str) -> None:
+    """The tests of exact gradients once more, with second derivatives computed in each way (up to an hour compiled)."""
+    session.install(*CONSTRAINTS, "-e", ".[test]")
+    claims = ["gradients_are_exact", "schedules_change_no_number", "several_metrics_share_one_replay", "step_adjoint"]
+    paths = [f"tests/test_{claim}.py" for claim in claims]
+    session.run("pytest", "-n", "2", *paths, "--step", step, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need a CUDA device, with whatever torch is asked for by `-- TORCH`, or the newest that fits."""
     session.install(*session.posargs or ["torch>=2.10"])

@@ -1,5 +1,7 @@
 """Whether two ways to compute a derivative agree, for ways that are faster than they are safe."""
 
+import warnings
+
 import torch
 
 from metagrad._tree import floating_leaves
@@ -23,3 +25,17 @@ def disagreement(found: Tree, expected: Tree) -> str | None:
         if gap > tolerance * max(size, floor):
             return f"it differs by {gap / max(size, floor):.1e} of its size in tensor {number}"
     return None
+
+
+def reason_of(error: Exception) -> str:
+    """The first words of an error; compilers write pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join([f"{type(error).__name__}:", *lines[:2]])[:300]
+
+
+def warn_uncompiled(reason: str) -> None:
+    """Warn that a part of a compiled step runs uncompiled, and why."""
+    warnings.warn(
+        f"compile=True has no effect on a part of the training step, which runs as exactly and slower ({reason}).",
+        stacklevel=2,
+    )

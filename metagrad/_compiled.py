@@ -4,7 +4,6 @@ Reverse mode over reverse mode is traced into one flat graph of operations, from
 products for a gradient that is known, everything behind a cotangent of zeros. torch's inductor compiles it.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metagrad._agreement import disagreement
+from metagrad._agreement import disagreement, reason_of, warn_uncompiled
 from metagrad._derivatives import Cotangents, Gradient, Pulled, ReverseOverReverse, gradient_at, pulled_at
 from metagrad._evaluation import Evaluation, Point
 from metagrad._random import cuda_devices, generator_states
@@ -36,6 +35,7 @@ class Compiled:
 
     graphs: dict[tuple[object, ...], "Graph | None"] = field(default_factory=dict)
     plain: ReverseOverReverse = field(default_factory=ReverseOverReverse)
+    name = "compiled"
 
     def gradient(self, evaluate: Evaluation, at: Point) -> Gradient:
         """∇_θ at a point."""
@@ -66,7 +66,7 @@ class Compiled:
         key = (*what, optree.tree_structure(given), *map(_shape, optree.tree_leaves(given)))
         if key not in self.graphs:
             if len(self.graphs) >= MAX_GRAPHS:
-                _warn(f"the batches have too many shapes ({describe(given)} is number {MAX_GRAPHS + 1})")
+                warn_uncompiled(f"the batches have too many shapes ({describe(given)} is number {MAX_GRAPHS + 1})")
                 return plain()
             self.graphs[key] = _proved(traced, plain, given)
         graph = self.graphs[key]
@@ -94,14 +94,14 @@ def _proved(traced: Callable[[Any], Tree], plain: Callable[[], Tree], given: Tre
             graph = _compiled(traced, given)
             found, drawn = graph(given), generator_states(devices)
     except Exception as error:  # Whatever compilers raise; what the loss itself raises, the uncompiled one will.
-        _warn(f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}")
+        warn_uncompiled(reason_of(error))
         return None
     with torch.random.fork_rng(devices):
         gap = disagreement(found, plain())
         if gap is None and not all(map(torch.equal, drawn, generator_states(devices))):
             gap = "it draws other random numbers"
     if gap is not None:
-        _warn(gap)
+        warn_uncompiled(gap)
         return None
     return graph
 
@@ -132,10 +132,3 @@ def _shape(leaf: object) -> object:
     if not isinstance(leaf, Tensor):
         return leaf
     return leaf.shape, leaf.dtype, leaf.device, leaf.stride()
-
-
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"compile=True has no effect on a part of the training step, which runs as exactly and slower ({reason}).",
-        stacklevel=2,
-    )

@@ -37,6 +37,11 @@ Cotangents: TypeAlias = Sequence[Sequence[Tensor | None]]
 class Derivatives(Protocol):
     """A way to differentiate a micro-batch's loss once and twice."""
 
+    @property
+    def name(self) -> str:
+        """How `Stats` calls it."""
+        ...
+
     def gradient(self, evaluate: Evaluation, at: Point, /) -> Gradient:
         """∇_θ at a point, without a graph."""
         ...
@@ -50,6 +55,8 @@ class Derivatives(Protocol):
 
 class ReverseOverReverse:
     """Plain reverse mode, twice."""
+
+    name = "reverse-over-reverse"
 
     def gradient(self, evaluate: Evaluation, at: Point) -> Gradient:
         """∇_θ without a graph."""

@@ -9,49 +9,17 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from metagrad._block import Block, Entries, Rule, Values
+from metagrad._compiled_rule import CompiledRule
 from metagrad._reverse import pull_gradient
-from metagrad._transformation import Given, Made, Transformation, Value
+from metagrad._transformation import Given, Made, Transformation
 from metagrad._tree import floating_leaves, grouped, with_floating_leaves
 from metagrad._types import Tree
 
-BLOCK = 1 << 16  # entries: 256 kB in float32, and a rule has about ten of them at work
-
-Entries = Float[Tensor, " entries"]
-Values = dict[str, Value]
-
-
-class Block(NamedTuple):
-    """The same entries of the gradient, of the parameters, and of every tensor that the optimizer remembers."""
-
-    gradient: Entries
-    params: Entries
-    memory: list[Entries]
-
-
-class Pulled(NamedTuple):
-    """The cotangents of a block; None and nothing where they are 0; and the block's share of each hyperparameter's."""
-
-    gradient: Entries
-    params: Entries | None
-    memory: list[Entries]
-    values: dict[str, Tensor]
-
-
-class Rule(Protocol):
-    """An optimizer's formulas for one entry, as operations on blocks of them; `count` is the number of steps before."""
-
-    def update(self, now: Values, count: int, block: Block) -> tuple[Entries, list[Entries]]:
-        """What to add to the parameters, and the new memory."""
-        ...
-
-    def pull(
-        self, now: Values, count: int, block: Block, update: Entries, memory: list[Entries], wanted: bool
-    ) -> Pulled:
-        """From the cotangents of what `update` returns; those of hyperparameters only where `wanted`."""
-        ...
+BLOCK = 1 << 17  # entries: half a megabyte in float32; docs/log.md has the sizes that were tried
 
 
 def elementwise(
@@ -64,19 +32,20 @@ def elementwise(
     """
 
     def update(updates: Tree, state: Tree, *, params: Tree = None, inplace: bool = False) -> Made:
-        now, count = values_at(state.step), int(state.step)
+        now = values_at(state.step)
+        at = rule.at(now, int(state.step))
         gradient, memory = floating_leaves(updates), [floating_leaves(tree) for tree in state[1:]]
         # A rule without decay needs no parameters.
         leaves = [gradient, gradient if params is None else floating_leaves(params), *memory]
         values = [value for value in now.values() if isinstance(value, Tensor)]
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in [*values, *sum(leaves, [])]):
-            whole = [rule.update(now, count, Block(g, p, m)) for g, p, *m in zip(*leaves, strict=True)]
+            whole = [rule.update(at, Block(g, p, m)) for g, p, *m in zip(*leaves, strict=True)]
             made = [[change, *new] for change, new in whole]
             columns = [list(column) for column in zip(*made, strict=True)]
         else:
             columns = [_like(gradient) for _ in range(1 + len(memory))]
             for (g, p, *m), write in _blocks(leaves):
-                change, new = rule.update(now, count, Block(g, p, m))
+                change, new = rule.update(at, Block(g, p, m))
                 for column, entries in zip(columns, [change, *new], strict=True):
                     write(column, entries)
         changes, *new_memory = columns
@@ -84,21 +53,20 @@ def elementwise(
         return Made(with_floating_leaves(updates, changes), type(state)(state.step + 1, *trees))
 
     def pull(given: Given, cotangent: Made, meta: Sequence[Tensor]) -> tuple[Given, list[Tensor]]:
-        now, count = values_at(given.state.step), int(given.state.step)
+        now = values_at(given.state.step)
         wanted = {name: value for name, value in now.items() if isinstance(value, Tensor) and value.requires_grad}
         with torch.no_grad():
-            back, totals = _pulled(rule, now, count, given, cotangent, bool(wanted))
+            at = rule.at(now, int(given.state.step))
+            back, totals = _pulled(rule, at, given, cotangent, bool(wanted))
         # No total where the rule, with what it remembers, does not use the value.
         ends = [totals[name].to(value) if name in totals else torch.zeros_like(value) for name, value in wanted.items()]
         # Retained: one value may serve several groups, and several metrics.
         return back, pull_gradient(list(wanted.values()), meta, [ends], retain_graph=True)[0]
 
-    return Transformation(init, update, pull)
+    return Transformation(init, update, pull, lambda: elementwise(init, values_at, CompiledRule(rule)))
 
 
-def _pulled(
-    rule: Rule, now: Values, count: int, given: Given, cotangent: Made, wanted: bool
-) -> tuple[Given, dict[str, Tensor]]:
+def _pulled(rule: Rule, at: Values, given: Given, cotangent: Made, wanted: bool) -> tuple[Given, dict[str, Tensor]]:
     gradient, params = floating_leaves(given.gradient), floating_leaves(given.params)
     groups = [gradient] * (len(given.state) - 1)
     memory = grouped(floating_leaves(given.state), groups)
@@ -109,7 +77,7 @@ def _pulled(
     totals: dict[str, Tensor] = {}
     for (g, p, change, *rest), write in _blocks(leaves):
         mine, theirs = rest[: len(memory)], rest[len(memory) :]
-        pulled = rule.pull(now, count, Block(g, p, mine), change, theirs, wanted)
+        pulled = rule.pull(at, Block(g, p, mine), change, theirs, wanted)
         write(to_gradient, pulled.gradient)
         if pulled.params is not None:
             to_params = _like(params) if to_params is None else to_params

@@ -8,6 +8,7 @@ from time import perf_counter
 import torch
 from torch import Tensor, nn
 
+from metagrad._choice import AUTO
 from metagrad._custom import as_linear
 from metagrad._disk import DiskStore
 from metagrad._estimate import Budget, Estimate, Measured, estimated, measure, within
@@ -16,6 +17,7 @@ from metagrad._precision import refuse_low_precision
 from metagrad._refusals import refuse_unknown_leaves
 from metagrad._run import Run, fitting_store
 from metagrad._schedule import Binomial, Schedule
+from metagrad._step import TrainStep
 from metagrad._store import Store
 from metagrad._tree import (
     detached,
@@ -97,6 +99,8 @@ def metagradient(
     start = perf_counter()
     if resume is not None and store is not None:
         raise ValueError("with `resume` the states are kept in its folder. Leave `store` out.")
+    if resume is not None and isinstance(step, TrainStep) and step.curvature == AUTO:
+        raise ValueError('with `resume` a run goes on as it began, and curvature="auto" goes by the clock. Name one.')
     meta, run = prepared(step, params, batches, meta, wrt_params, progress, allow_low_precision)
     objective = Objective.of(metric, len(batches))
     trial = objective.try_on(run.initial)
@@ -117,7 +121,14 @@ def metagradient(
         meta=with_floating_leaves(meta, objective.stacked(done.totals), keep_others=False),
         params=initial[0],
         state=outcome.state,
-        stats=Stats(outcome.forward, outcome.replayed, outcome.reversed, perf_counter() - start, *outcome.bytes),
+        stats=Stats(
+            outcome.forward,
+            outcome.replayed,
+            outcome.reversed,
+            perf_counter() - start,
+            *outcome.bytes,
+            curvature=step.derivatives.name if isinstance(step, TrainStep) else None,
+        ),
         optimizer=initial[1],
         buffers=initial[2],
     )

@@ -77,4 +77,6 @@ def groups(rule: Rule, transformations: Mapping[str, GradientTransformation]) ->
             states[label], to_meta = back.state, add(to_meta, more)
         return Given(to_gradient, states, to_params), to_meta
 
-    return Transformation(init, update, pull)
+    return Transformation(
+        init, update, pull, lambda: groups(rule, {label: member.compiled() for label, member in members.items()})
+    )

@@ -23,9 +23,7 @@ def drawing(rng: tuple[Tensor, ...], params: Params) -> Iterator[list[tuple[Tens
     devices = cuda_devices(params.values())
     after: list[tuple[Tensor, ...]] = []
     with torch.random.fork_rng(devices):
-        torch.set_rng_state(rng[0])
-        for device, state in zip(devices, rng[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+        set_generators(rng, devices)
         yield after
         after.append(generator_states(devices))
 
@@ -38,3 +36,10 @@ def cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
 def generator_states(devices: list[int]) -> tuple[Tensor, ...]:
     """The states of torch's own generators: the CPU's, then those of the CUDA `devices`."""
     return (torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices))
+
+
+def set_generators(states: tuple[Tensor, ...], devices: list[int]) -> None:
+    """The inverse of `generator_states`."""
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.cuda.set_rng_state(state, device)

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from metagrad._elementwise import Block, Entries, Pulled, Values
-from metagrad._transformation import is_zero
+from metagrad._block import Block, Entries, Pulled, Values
 
 
 @dataclass(frozen=True)
@@ -14,25 +12,28 @@ class SgdRule:
     """g ← g + decay·θ;  v ← kept·v + share·g;  u = −lr·(v, or g + kept·v with Nesterov's look ahead, or g alone)."""
 
     nesterov: bool
+    decays: bool
 
-    def update(self, now: Values, count: int, block: Block) -> tuple[Entries, list[Entries]]:
-        gradient = _plus(block.gradient, block.params, now["weight_decay"])
+    def at(self, now: Values, count: int) -> Values:
+        # A Python number, not torch.where: a where of two Python numbers is float32 whatever the parameters are.
+        return {**now, "share": 1.0 if count == 0 else 1.0 - now["dampening"], "later": float(count > 0)}
+
+    def update(self, now: Values, block: Block) -> tuple[Entries, list[Entries]]:
+        gradient = block.gradient + now["weight_decay"] * block.params if self.decays else block.gradient
         if not block.memory:
             return -now["lr"] * gradient, []
-        # A Python number, not torch.where: a where of two Python numbers is float32 whatever the parameters are.
-        velocity = now["momentum"] * block.memory[0] + _share(now, count) * gradient
+        velocity = now["momentum"] * block.memory[0] + now["share"] * gradient
         direction = gradient + now["momentum"] * velocity if self.nesterov else velocity
         return -now["lr"] * direction, [velocity]
 
-    def pull(
-        self, now: Values, count: int, block: Block, update: Entries, memory: list[Entries], wanted: bool
-    ) -> Pulled:
-        gradient = direction = _plus(block.gradient, block.params, now["weight_decay"])
+    def pull(self, now: Values, block: Block, update: Entries, memory: list[Entries], wanted: bool) -> Pulled:
+        gradient = block.gradient + now["weight_decay"] * block.params if self.decays else block.gradient
+        direction = gradient
         to_gradient = to_direction = -now["lr"] * update
         back: list[Entries] = []
         values: dict[str, Tensor] = {}
         if block.memory:
-            kept, share, before = now["momentum"], _share(now, count), block.memory[0]
+            kept, share, before = now["momentum"], now["share"], block.memory[0]
             velocity = kept * before + share * gradient
             direction = gradient + kept * velocity if self.nesterov else velocity
             to_velocity = memory[0] + (kept * to_direction if self.nesterov else to_direction)
@@ -41,10 +42,10 @@ class SgdRule:
             if wanted:
                 ahead = _dot(to_direction, velocity) if self.nesterov else 0.0
                 values["momentum"] = _dot(to_velocity, before) + ahead
-                values["dampening"] = -_dot(to_velocity, gradient) if count > 0 else torch.zeros(())
+                values["dampening"] = -now["later"] * _dot(to_velocity, gradient)
         if wanted:
             values |= {"lr": -_dot(update, direction), "weight_decay": _dot(to_gradient, block.params)}
-        to_params = None if is_zero(now["weight_decay"]) else now["weight_decay"] * to_gradient
+        to_params = now["weight_decay"] * to_gradient if self.decays else None
         return Pulled(to_gradient, to_params, back, values)
 
 
@@ -56,24 +57,26 @@ class AdamRule:
     """
 
     decoupled: bool
+    decays: bool
 
-    def update(self, now: Values, count: int, block: Block) -> tuple[Entries, list[Entries]]:
-        gradient = block.gradient if self.decoupled else _plus(block.gradient, block.params, now["weight_decay"])
-        beta1, beta2, step = now["betas[0]"], now["betas[1]"], count + 1
+    def at(self, now: Values, count: int) -> Values:
+        step, beta1, beta2 = count + 1, now["betas[0]"], now["betas[1]"]
+        # How the corrections c change with their β.
+        slopes = {"slope1": step * beta1**count, "slope2": step * beta2**count}
+        return {**now, "scale1": 1 - beta1**step, "scale2": 1 - beta2**step, **slopes}
+
+    def update(self, now: Values, block: Block) -> tuple[Entries, list[Entries]]:
+        gradient = self._decayed(now, block.gradient, block, not self.decoupled)
+        beta1, beta2 = now["betas[0]"], now["betas[1]"]
         mean = beta1 * block.memory[0] + (1 - beta1) * gradient
         square = beta2 * block.memory[1] + (1 - beta2) * gradient * gradient
-        root = (square / (1 - beta2**step) + now["eps_root"]).sqrt()
-        direction = (mean / (1 - beta1**step)) / (root + now["eps"])
-        if self.decoupled:
-            direction = _plus(direction, block.params, now["weight_decay"])
-        return -now["lr"] * direction, [mean, square]
+        root = (square / now["scale2"] + now["eps_root"]).sqrt()
+        direction = (mean / now["scale1"]) / (root + now["eps"])
+        return -now["lr"] * self._decayed(now, direction, block, self.decoupled), [mean, square]
 
-    def pull(
-        self, now: Values, count: int, block: Block, update: Entries, memory: list[Entries], wanted: bool
-    ) -> Pulled:
-        decay, beta1, beta2, step = now["weight_decay"], now["betas[0]"], now["betas[1]"], count + 1
-        gradient = block.gradient if self.decoupled else _plus(block.gradient, block.params, decay)
-        scale1, scale2 = 1 - beta1**step, 1 - beta2**step
+    def pull(self, now: Values, block: Block, update: Entries, memory: list[Entries], wanted: bool) -> Pulled:
+        gradient = self._decayed(now, block.gradient, block, not self.decoupled)
+        beta1, beta2, scale1, scale2 = now["betas[0]"], now["betas[1]"], now["scale1"], now["scale2"]
         mean = beta1 * block.memory[0] + (1 - beta1) * gradient
         square = beta2 * block.memory[1] + (1 - beta2) * gradient * gradient
         root = (square / scale2 + now["eps_root"]).sqrt()
@@ -87,32 +90,24 @@ class AdamRule:
         to_square = memory[1] + to_inside / scale2
         to_gradient = (1 - beta1) * to_mean + (2 * (1 - beta2)) * gradient * to_square
 
-        to_params = None
-        if not is_zero(decay):
-            to_params = decay * (to_direction if self.decoupled else to_gradient)
+        decayed = to_direction if self.decoupled else to_gradient
         values: dict[str, Tensor] = {}
         if wanted:
-            decayed = _plus(direction, block.params, decay) if self.decoupled else direction
             values = {
-                "lr": -_dot(update, decayed),
+                "lr": -_dot(update, self._decayed(now, direction, block, self.decoupled)),
                 "betas[0]": _dot(to_mean, block.memory[0] - gradient)
-                + _dot(to_direction, direction) / scale1 * step * beta1 ** (step - 1),
+                + _dot(to_direction, direction) / scale1 * now["slope1"],
                 "betas[1]": _dot(to_square, block.memory[1] - gradient * gradient)
-                + _dot(to_inside, square) / scale2**2 * step * beta2 ** (step - 1),
+                + _dot(to_inside, square) / scale2**2 * now["slope2"],
                 "eps": to_divisor.sum(),
                 "eps_root": to_inside.sum(),
-                "weight_decay": _dot(to_direction if self.decoupled else to_gradient, block.params),
+                "weight_decay": _dot(decayed, block.params),
             }
-        back = [beta1 * to_mean, beta2 * to_square]
-        return Pulled(to_gradient, to_params, back, values)
+        to_params = now["weight_decay"] * decayed if self.decays else None
+        return Pulled(to_gradient, to_params, [beta1 * to_mean, beta2 * to_square], values)
 
-
-def _share(now: Values, count: int) -> Tensor | float:
-    return 1.0 if count == 0 else 1.0 - now["dampening"]
-
-
-def _plus(entries: Entries, params: Entries, weight_decay: Tensor | float) -> Entries:
-    return entries if is_zero(weight_decay) else entries + weight_decay * params
+    def _decayed(self, now: Values, entries: Entries, block: Block, here: bool) -> Entries:
+        return entries + now["weight_decay"] * block.params if self.decays and here else entries
 
 
 def _dot(left: Entries, right: Entries) -> Tensor:

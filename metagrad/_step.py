@@ -11,8 +11,10 @@ from torchopt.base import GradientTransformation
 
 from metagrad._batch import BatchLoss, Evaluated, Start
 from metagrad._compiled import Compiled
+from metagrad._curvature import CURVATURES, derivatives_of
 from metagrad._derivatives import Derivatives, ReverseOverReverse
 from metagrad._loss import WeightedLoss
+from metagrad._modes import REFERENCE
 from metagrad._pullback import StepPullback
 from metagrad._random import seeded
 from metagrad._refusals import refuse_changed_shapes, refuse_other_structure, refuse_shared_modules, refuse_unreadable
@@ -43,6 +45,9 @@ class TrainStep:
         compile: run the loss's gradient and its pullback as compiled graphs, one of each for each shape of a batch. The
             numbers are those of the uncompiled step but for rounding, and the same in every run. Making a graph takes
             seconds to minutes, once; where it cannot be made a warning says why.
+        curvature: how the way back through a gradient is computed (docs/speed.md): "reverse-over-reverse",
+            "forward-over-reverse", "reverse-over-forward", or "auto", the fastest of them. All but the first have to
+            agree with it at the first step that is reversed.
         constant_buffers: take buffers (running statistics) as constants. Otherwise they are state like any other, and
             a metric or a loss that reads them is differentiated through them.
 
@@ -61,6 +66,7 @@ class TrainStep:
     seed: int = 0
     constant_buffers: bool = False
     compile: bool = False
+    curvature: str = REFERENCE
     derivatives: Derivatives = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -77,8 +83,12 @@ class TrainStep:
             )
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"`clip_norm` is {self.clip_norm}. Pass a norm above 0, or None not to clip.")
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"`curvature` is {self.curvature!r}. Pass one of {', '.join(map(repr, CURVATURES))}.")
+        if self.compile and self.curvature != REFERENCE:
+            raise ValueError(f"with compile=True the curvature is {REFERENCE!r}, compiled. Leave `curvature` out.")
         # Compiled graphs are kept with the step, so that one run after another finds them.
-        object.__setattr__(self, "derivatives", Compiled() if self.compile else ReverseOverReverse())
+        object.__setattr__(self, "derivatives", Compiled() if self.compile else derivatives_of(self.curvature))
 
     def init(self, params: Mapping[str, Tensor] | torch.nn.Module | State, meta: Tree) -> State:
         """The state before step 0: copies of the parameters and buffers, a fresh optimizer, seeded randomness.
@@ -188,7 +198,8 @@ class TrainStep:
     @property
     def _keeps_graph(self) -> bool:
         """Whether a reversed step keeps the graph of its gradient until that is pulled back."""
-        return self.microbatch_size is None and self.reverse_microbatch_size is None and not self.compile
+        uncut = self.microbatch_size is None and self.reverse_microbatch_size is None
+        return uncut and isinstance(self.derivatives, ReverseOverReverse)
 
     def _loss_of(self, batch: Tree, state: State) -> BatchLoss:
         return BatchLoss(
@@ -213,4 +224,5 @@ class TrainStep:
     def _transformation(self, meta: Tree) -> Transformation:
         # Ours pass as they are; any other proves itself in its `init`, once a run.
         chosen = adapt(self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta))
-        return chosen if self.clip_norm is None else chained(clip(self.clip_norm), chosen)
+        whole = chosen if self.clip_norm is None else chained(clip(self.clip_norm), chosen)
+        return whole.compiled() if self.compile else whole

@@ -50,14 +50,23 @@ class Transformation(GradientTransformation):
 
     Attributes:
         pull: its pullback; by autograd, where none is given.
+        compiled: the same transformation on compiled kernels; itself, where there are none.
     """
 
     pull: PullUpdate
+    compiled: Callable[[], "Transformation"]
 
-    def __new__(cls, init: Callable[..., Tree], update: Callable[..., Tree], pull: PullUpdate | None = None):  # type: ignore[no-untyped-def]  # a named tuple's
-        """Of TorchOpt's two functions, and the pullback of the second."""
+    def __new__(  # type: ignore[no-untyped-def]  # a named tuple's
+        cls,
+        init: Callable[..., Tree],
+        update: Callable[..., Tree],
+        pull: PullUpdate | None = None,
+        compiled: Callable[[], "Transformation"] | None = None,
+    ):
+        """Of TorchOpt's two functions, the pullback of the second, and what makes both compiled."""
         self = super().__new__(cls, init, update)
         self.pull = pull or _pulled_by_autograd(update)
+        self.compiled = compiled or (lambda: self)
         return self
 
 
@@ -89,7 +98,7 @@ def chained(*links: Transformation) -> Transformation:
             to_meta = add(to_meta, more)
         return Given(flowing, tuple(reversed(states)), to_params), to_meta
 
-    return Transformation(init, update, pull)
+    return Transformation(init, update, pull, lambda: chained(*(link.compiled() for link in links)))
 
 
 def plus(left: Tree, right: Tree | None) -> Tree:

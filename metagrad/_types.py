@@ -118,7 +118,10 @@ class LinearStep(Step, Protocol):
 
 
 class Stats(NamedTuple):
-    """What a metagradient cost: step evaluations, wall time, and the most bytes of kept states at a time."""
+    """What a metagradient cost: step evaluations, wall time, and the most bytes of kept states at a time.
+
+    `curvature` is how second derivatives were computed, where a `TrainStep` did it.
+    """
 
     forward: int
     replayed: int
@@ -126,6 +129,7 @@ class Stats(NamedTuple):
     seconds: float
     ram_bytes: int
     disk_bytes: int
+    curvature: str | None = None
 
 
 class Result(NamedTuple):

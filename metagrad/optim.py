@@ -81,7 +81,7 @@ def sgd(
         values_at(step)  # A schedule's first values are checked before training.
         return Steps(step) if is_zero(momentum) else MomentumState(step, optree.tree_map(torch.zeros_like, params))
 
-    return elementwise(init, values_at, SgdRule(nesterov))
+    return elementwise(init, values_at, SgdRule(nesterov, decays=not is_zero(weight_decay)))
 
 
 def adam(
@@ -170,7 +170,7 @@ def _adam(
         zeros = optree.tree_map(torch.zeros_like, params)
         return AdamState(step, zeros, zeros)
 
-    return elementwise(init, values_at, AdamRule(decoupled))
+    return elementwise(init, values_at, AdamRule(decoupled, decays=not is_zero(weight_decay)))
 
 
 def _check_adam(name: str, value: Value) -> None:

@@ -1,11 +1,15 @@
 """Settings of every test: float64, one thread, no network, the same Hypothesis examples at each run."""
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # Before transformers is imported: tests build their models and fetch nothing.
 
+import problems  # noqa: E402  # after the environment is set
 import torch  # noqa: E402  # after the environment is set
 from hypothesis import HealthCheck, settings  # noqa: E402  # after the environment is set
+
+from metagrad import _compiled  # noqa: E402  # after the environment is set
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -19,6 +23,15 @@ settings.register_profile(
 settings.load_profile("deterministic")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--step", default="{}", help='settings of every step, such as {"compile": true}, as JSON')
+
+
 def pytest_configure(config):
+    problems.STEP.update(json.loads(config.getoption("--step")))
+    if problems.STEP.get("compile"):
+        _compiled.MAX_GRAPHS = 1000  # Of a problem, whose graphs serve all its tests.
+    for kind in ("DeprecationWarning", "FutureWarning") if problems.STEP.get("compile") else ():
+        config.addinivalue_line("filterwarnings", f"ignore::{kind}")  # of compilers
     # torch scripts its own forward-mode formulas on entering a dual level; nothing of ours calls torch.jit.
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -14,10 +14,12 @@ from torch.nn.functional import cross_entropy, mse_loss
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import metagrad as mg
+from metagrad._compiled import Compiled
 
 NUM_EXAMPLES = 7
 BATCH_SIZE = 4
 VOCABULARY = 11
+STEP: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,15 @@ class Problem:
     metric: Callable[[mg.State], Tensor]
     batches: list[dict[str, Tensor]]
     meta: dict[str, Tensor]
+    compiled: Compiled = field(default_factory=Compiled)
 
     def step(self, optimizer: Any, **options: Any) -> mg.TrainStep:
-        """The step on the weighted loss of this problem."""
-        return mg.TrainStep(mg.weighted(self.loss), optimizer, **options)
+        """The step on the weighted loss of this problem, with the settings of `pytest --step`."""
+        step = mg.TrainStep(mg.weighted(self.loss), optimizer, **{**STEP, **options})
+        if step.compile:
+            # Graphs are kept with a step; here they serve every step on the same loss.
+            object.__setattr__(step, "derivatives", self.compiled)
+        return step
 
     def arguments(self, optimizer: Any, **options: Any) -> tuple[Any, ...]:
         """The positional arguments of `mg.metagradient`."""

@@ -1,7 +1,5 @@
 """A compiled step gives the numbers of the uncompiled one, the same bits every time, and says where it cannot."""
 
-import warnings
-
 import pytest
 import torch
 from agreement import assert_agree
@@ -11,13 +9,7 @@ from problems import PROBLEMS
 import metagrad as mg
 
 
-@pytest.fixture(autouse=True)
-def no_warning_of_compilers():
-    """Compilers warn of themselves; ours, that a graph could not be made, must be seen where a test expects it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 2}], ids=["whole", "micro-batches"])

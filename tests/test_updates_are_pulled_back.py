@@ -91,6 +91,32 @@ def test_a_pullback_is_that_of_autograd(name, shapes, num_steps, block, seed):
     assert_equal(found, by_autograd(*arguments))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of compilers
+@pytest.mark.parametrize("name", ["nesterov", "adamw", "clipped", "groups"])
+def test_compiled_kernels_give_the_same(name):
+    optimizer, given, cotangent, meta = problem(MAKERS[name], [[300, 300], [7], []], 2, seed=3)
+    fast = optimizer.compiled()
+    with torch.no_grad():
+        updates = [o.update(given.gradient, given.state, params=given.params, inplace=False) for o in (fast, optimizer)]
+    assert_equal(*map(floating_leaves, updates))
+    assert_equal(*(by_pullback(o, given, cotangent, meta) for o in (fast, optimizer)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_kernel_serves_all_steps_and_rates():
+    """Step counts and learning rates are data to it."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for rate in (0.1, 0.2, 0.3):
+        optimizer, given, cotangent, _ = problem(
+            lambda z, rate=rate: mg.optim.adam(lambda step: rate / (1 + step), **SMOOTH), [[50, 7]], int(10 * rate), 0
+        )
+        with torch.no_grad():
+            optimizer.compiled().update(given.gradient, given.state, params=given.params, inplace=False)
+    assert counters["stats"]["unique_graphs"] <= 1
+
+
 @pytest.mark.parametrize("name", MAKERS)
 def test_an_update_in_blocks_has_the_bits_of_one_with_a_graph(name):
     optimizer, (gradient, state, params), _, _ = problem(MAKERS[name], [[300, 300], [7], [40000], []], 2, seed=1)
