@@ -22,6 +22,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metagrad as mg
+from metagrad._tree import independent
 from metagrad._witness import digests
 
 REPEATS = 5
@@ -142,8 +143,9 @@ def model_cost(case: Case) -> float:
             again += 0 if from_store else 3
     steps = 3 * (plan.cost.forward + plan.cost.replayed)
     reversals = (3 + 6 * case.num_metrics) * (case.num_steps - 1) + again
-    first = 3 + 2 * case.num_metrics  # Step 0: forward mode.
-    metrics = 3 * (case.num_metrics + 1)  # Each distinct one is tried on the initial state, too.
+    # Step 0, for the weights alone: through the gradient's graph, or by forward mode beside the kept gradient.
+    first = 3 + 2 * case.num_metrics if case.num_pieces == 1 else 3 * case.num_metrics
+    metrics = 3 * case.num_metrics + 1  # The value of each distinct one on the initial state, too.
     return (steps + reversals + first - 3 + metrics) / (3 * case.num_steps)
 
 
@@ -196,7 +198,7 @@ def table_of_parts(name: str, task: Task) -> None:
         "that with math attention": with_math_attention,
         "step": lambda: torch.no_grad()(step.advance)(state, task.batch, meta),
         "  its update": lambda: torch.no_grad()(update)(),
-        "reversal": lambda: step.vjp(state, task.batch, meta, wrt_state=True)[1]([cotangent]),
+        "reversal": lambda: step.vjp(state, task.batch, meta, wrt_state=True)[1](independent([cotangent])),
         "  its update and back": lambda: torch.autograd.grad(update(), list(gradient.values()), cotangent),
         "is all of it finite?": lambda: [bool(torch.isfinite(value).all()) for value in cotangent],
         "digest of a state": lambda: digests(state),
@@ -217,12 +219,12 @@ def peak(kind: str, num_pieces: int = 1) -> float:
     # What torch sets up once: one step on a single sequence.
     one = task._replace(batch={name: value[:num_pieces] for name, value in task.batch.items()})
     {"plain training": train_plainly, "metagradient": differentiate}[kind](one, case)
-    before = _peak_of_this_process()
+    before = peak_of_this_process()
     {"plain training": train_plainly, "metagradient": differentiate}[kind](task, case)
-    return _peak_of_this_process() - before
+    return peak_of_this_process() - before
 
 
-def _peak_of_this_process() -> float:
+def peak_of_this_process() -> float:
     # Not resource.getrusage: its peak is inherited from the process that started this one.
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3

@@ -11,12 +11,13 @@ from metagrad._types import Tree
 def disagreement(found: Tree, expected: Tree) -> str | None:
     """In words how far `found` is from `expected`, where that is more than rounding; None where they agree.
 
-    Tensor by tensor, in norm. The tolerance is the square root of the tensors' precision ε: far above rounding, far
-    below a missing term. A tensor that is smaller than √ε of the largest one is compared with that: it may be nothing
-    but rounding, as the gradient of a bias that a softmax or a norm cancels.
+    Tensor by tensor, in norm. The tolerance is the square root of the tensors' precision ε, but not below 1e-5, for
+    models in float64 do parts of their work in float32: far above rounding, far below a missing term. A tensor that is
+    smaller than that share of the largest one is compared with it: it may be nothing but rounding, as the gradient of a
+    bias that a softmax or a norm cancels.
     """
     right = floating_leaves(expected)
-    tolerance = max((torch.finfo(leaf.dtype).eps for leaf in right), default=0.0) ** 0.5
+    tolerance = max([1e-10, *(torch.finfo(leaf.dtype).eps for leaf in right)]) ** 0.5
     sizes = [float(torch.linalg.vector_norm(leaf.detach())) for leaf in right]
     floor = tolerance * max(sizes, default=0.0)
     for number, (a, b, size) in enumerate(zip(floating_leaves(found), right, sizes, strict=True)):

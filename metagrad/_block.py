@@ -19,8 +19,15 @@ class Block(NamedTuple):
     memory: list[Entries]
 
 
+class Wanted(NamedTuple):
+    """Which cotangents are asked for beside the gradient's: those of parameters and memory, and of hyperparameters."""
+
+    state: bool
+    values: bool
+
+
 class Pulled(NamedTuple):
-    """The cotangents of a block; None and nothing where they are 0; and the block's share of each hyperparameter's."""
+    """The cotangents of a block and its share of the hyperparameters'; None and nothing where 0 or not asked for."""
 
     gradient: Entries
     params: Entries | None
@@ -39,6 +46,6 @@ class Rule(Protocol):
         """What to add to the parameters, and the new memory."""
         ...
 
-    def pull(self, values: Values, block: Block, update: Entries, memory: list[Entries], wanted: bool, /) -> Pulled:
-        """From the cotangents of what `update` returns; those of hyperparameters only where `wanted`."""
+    def pull(self, values: Values, block: Block, update: Entries, memory: list[Entries], wanted: Wanted, /) -> Pulled:
+        """From the cotangents of what `update` returns; those of the memory are left out where all are 0."""
         ...

@@ -1,16 +1,21 @@
 """Which order of modes is right for a loss, and which of those is the fastest: found out once, on the loss itself."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from metagrad._modes import MODES, REFERENCE, Cotangents, Evaluate, Inputs, Mode, Pulled
 from metagrad._tree import floating_leaves, joined
+from metagrad._types import Params, Scalar, Tree
 
 AUTO = "auto"
+FAST = tuple(name for name in MODES if name != REFERENCE)
+WRONG = "it gives another derivative than reverse-over-reverse"
 
 
 class Choice(NamedTuple):
@@ -37,44 +42,51 @@ def choose(
     """
     if requested not in (AUTO, *MODES):
         raise ValueError(f"there is no mode {requested!r}. Pass one of {', '.join(map(repr, (AUTO, *MODES)))}.")
-    given = evaluate, at, gammas, ends, wrt_params
-    results, seconds, rejected, wrong = {}, {}, {}, []
-    for name in MODES if requested == AUTO else dict.fromkeys((REFERENCE, requested)):
-        try:
-            results[name], seconds[name] = _timed(MODES[name], *given, repeat=requested == AUTO)
-        except RuntimeError as error:
-            if name == REFERENCE:
-                raise
-            rejected[name] = _first_line(error)
-            if requested == name:
-                raise RuntimeError(
-                    f"{name} cannot differentiate this loss ({rejected[name]}). Replace that operation, or choose the "
-                    f"mode {AUTO!r} or {REFERENCE!r}, which need no such formula."
-                ) from error
-            continue
-        if not _finite(results[name]) or not _finite(results[REFERENCE]):
-            rejected[name] = "what it gives is not finite, and cannot be compared"
-        elif not agrees(results[name], results[REFERENCE]):
-            rejected[name] = "it gives another derivative than reverse-over-reverse"
-            wrong.append(name)
-    if wrong:
-        warnings.warn(
-            f"{' and '.join(wrong)} gives another derivative of this loss than {REFERENCE}, which takes its place: an "
-            "operation in the loss, perhaps a torch.autograd.Function, has a wrong formula for forward mode.",
-            stacklevel=2,
+    given = at, gammas, ends, wrt_params
+    results, rejected = _tried(FAST if requested == AUTO else {requested} - {REFERENCE}, evaluate, *given)
+    if requested in rejected and requested not in results:
+        raise RuntimeError(
+            f"{requested} cannot differentiate this loss ({rejected[requested]}). Replace that operation, or choose "
+            f"{AUTO!r} or {REFERENCE!r}, which need no such formula."
         )
-    fit = [name for name in results if name not in rejected or name == REFERENCE]
-    mode = min(fit, key=seconds.__getitem__) if requested == AUTO else fit[-1]
+    _warn([name for name, reason in rejected.items() if reason == WRONG])
+    fit = [name for name in results if name not in rejected]
+    if requested != AUTO or len(fit) == 1:
+        return Choice(fit[-1], {}, rejected), results[fit[-1]]
+    seconds = {name: _seconds(MODES[name], evaluate, *given) for name in fit}
+    mode = min(fit, key=seconds.__getitem__)
     return Choice(mode, seconds, rejected), results[mode]
 
 
-def agrees(found: Sequence[Pulled], expected: Sequence[Pulled]) -> bool:
+def _tried(
+    names: Iterable[str], evaluate: Evaluate, at: Inputs, gammas: Cotangents, ends: Cotangents, wrt_params: bool
+) -> tuple[dict[str, list[Pulled]], dict[str, str]]:
+    """What the reference and the modes of these names give, and why some of them are not to be used."""
+    given = at, gammas, ends, wrt_params
+    types = _Types()
+    reference = MODES[REFERENCE](types.noted(evaluate), *given)
+    results, rejected = {REFERENCE: reference}, {}
+    for name in names:
+        try:
+            results[name] = MODES[name](evaluate, *given)
+        except RuntimeError as error:
+            rejected[name] = _first_line(error)
+            continue
+        if not _finite(results[name]) or not _finite(reference):
+            rejected[name] = "what it gives is not finite, and cannot be compared"
+        elif not agrees(results[name], reference, types.precision):
+            rejected[name] = WRONG
+    return results, rejected
+
+
+def agrees(found: Sequence[Pulled], expected: Sequence[Pulled], precision: float = 0.0) -> bool:
     """Whether all tensors are equal but for rounding, each in norm; False also where one is not finite.
 
-    The tolerance is √ε of the coarsest type: far above rounding, far below a missing term. A tensor that is nothing but
-    rounding, such as the derivative by a bias that a softmax cancels, is compared with the others of its group.
+    The tolerance is √ε of the coarsest type, at least of `precision`: far above rounding, far below a missing term. A
+    tensor that is nothing but rounding, such as the derivative by a bias that a softmax cancels, is compared with the
+    others of its group.
     """
-    precision = max((torch.finfo(x.dtype).eps for each in expected for x in joined(each)), default=0.0)
+    precision = max([precision, *(torch.finfo(x.dtype).eps for each in expected for x in joined(each))])
     groups = [pair for a, b in zip(found, expected, strict=True) for pair in zip(a, b, strict=True)]
     for left, right in groups:
         sizes = [float(torch.linalg.vector_norm(x)) for x in right]
@@ -89,21 +101,42 @@ def _finite(pulled: Sequence[Pulled]) -> bool:
     return all(bool(torch.isfinite(leaf).all()) for each in pulled for leaf in joined(each))
 
 
-def _timed(
-    mode: Mode,
-    evaluate: Evaluate,
-    at: Inputs,
-    gammas: Cotangents,
-    ends: Cotangents,
-    wrt_params: bool,
-    *,
-    repeat: bool,
-) -> tuple[list[Pulled], float]:
-    if repeat:
-        mode(evaluate, at, gammas, ends, wrt_params)
+class _Types(TorchFunctionMode):
+    """Notes the coarsest type that a loss computes in: some norms turn to float32 on the way, autocast to bfloat16."""
+
+    precision = 0.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_floating_point():
+            self.precision = max(self.precision, torch.finfo(result.dtype).eps)
+        return result
+
+    def noted(self, evaluate: Evaluate) -> Evaluate:
+        """`evaluate`, watched."""
+
+        def watched(params: Params, buffers: Params, meta: Tree) -> tuple[Scalar, Params]:
+            with self:
+                return evaluate(params, buffers, meta)
+
+        return watched
+
+
+def _warn(wrong: Sequence[str]) -> None:
+    if wrong:
+        warnings.warn(
+            f"{' and '.join(wrong)} gives another derivative of this loss than {REFERENCE}, which takes its place: an "
+            "operation in the loss, perhaps a torch.autograd.Function, has a wrong formula for forward mode.",
+            stacklevel=3,
+        )
+
+
+def _seconds(
+    mode: Mode, evaluate: Evaluate, at: Inputs, gammas: Cotangents, ends: Cotangents, wrt_params: bool
+) -> float:
     start = _now(at)
-    found = mode(evaluate, at, gammas, ends, wrt_params)
-    return found, _now(at) - start
+    mode(evaluate, at, gammas, ends, wrt_params)
+    return _now(at) - start
 
 
 def _now(at: Inputs) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from metagrad._agreement import disagreement, reason_of, warn_uncompiled
-from metagrad._block import Block, Entries, Pulled, Rule, Values
+from metagrad._block import Block, Entries, Pulled, Rule, Values, Wanted
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class CompiledRule:
         change, memory = _kernel(self.rule.update)(_tensors(values, block), block)
         return change, memory
 
-    def pull(self, values: Values, block: Block, update: Entries, memory: list[Entries], wanted: bool) -> Pulled:
+    def pull(self, values: Values, block: Block, update: Entries, memory: list[Entries], wanted: Wanted) -> Pulled:
         """That of the rule, to rounding."""
         made: Pulled = _kernel(self.rule.pull)(_tensors(values, block), block, update, memory, wanted)
         return made
@@ -47,7 +47,7 @@ def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     trusted: dict[object, bool] = {}
 
     def run(values: Values, block: Block, *others: Any) -> Any:
-        kind = block.gradient.dtype, block.gradient.device, len(block.memory), *(x for x in others if x is True)
+        kind = block.gradient.dtype, block.gradient.device, len(block.memory), repr([bool(x) for x in others[1:]])
         if kind not in trusted:
             trusted[kind] = _agrees(fast, function, values, block, *others)
         return (fast if trusted[kind] else function)(values, block, *others)

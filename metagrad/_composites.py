@@ -21,6 +21,7 @@ from metagrad._activations import GELU, MISH, SILU, Activation
 from metagrad._attention import scaled_dot_product_attention
 from metagrad._formulas import LogSoftmax, LogSumExp, Softmax
 from metagrad._norms import batch_norm, group_norm, instance_norm, layer_norm, with_statistics
+from metagrad._repairs import REPAIRS
 from metagrad._smooth import Rule, wide
 from metagrad._surprise import cross_entropy_loss, reduced
 
@@ -54,11 +55,15 @@ class Composites(TorchFunctionMode):
         return func(*args, **kwargs) if result is NotImplemented else result
 
 
-@cache
 def _body(func: Any) -> Rule | None:
     """A Python function of torch without its first lines, which would hand it to the mode again."""
     if not isinstance(func, FunctionType) or func.__module__ not in ("torch.nn.functional", "torch.functional"):
         return None
+    return _unchecked(func)
+
+
+@cache
+def _unchecked(func: FunctionType) -> Rule | None:
     checks = {name: lambda *_: False for name in func.__code__.co_names if name.startswith("has_torch_function")}
     if not checks:
         return None
@@ -127,6 +132,16 @@ def soft_margin_loss(input: Tensor, target: Tensor, reduction: int = 1) -> Tenso
     return reduced((1 + (-input * target).exp()).log(), reduction)
 
 
+def embedding(
+    weight: Tensor, input: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    """`torch.embedding` with a row that has no gradient, of which torch's forward mode knows nothing."""
+    if padding_idx < 0 or scale_grad_by_freq or sparse:
+        return NotImplemented
+    rows = torch.embedding(weight, input)
+    return torch.where((input == padding_idx).unsqueeze(-1), rows.detach(), rows)
+
+
 def vector_norm(
     x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None
 ) -> Tensor:
@@ -163,6 +178,8 @@ COMPOSITES: Mapping[Callable[..., Any], Rule] = {
     nn.soft_margin_loss: soft_margin_loss,
     **dict.fromkeys([torch.logit, Tensor.logit, torch.special.logit], logit),
     torch.linalg.vector_norm: vector_norm,
+    torch.embedding: embedding,
+    **REPAIRS,
     Tensor.norm: torch.norm,
     **dict.fromkeys([torch.autograd.grad, torch.autograd.backward, Tensor.backward], _no_gradient),
 }

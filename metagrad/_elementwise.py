@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from metagrad._block import Block, Entries, Rule, Values
+from metagrad._block import Block, Entries, Rule, Values, Wanted
 from metagrad._compiled_rule import CompiledRule
-from metagrad._reverse import pull_gradient
+from metagrad._reverse import nonzero, pull_gradient
 from metagrad._transformation import Given, Made, Transformation
-from metagrad._tree import floating_leaves, grouped, with_floating_leaves
+from metagrad._tree import floating_leaves, grouped, joined, with_floating_leaves
 from metagrad._types import Tree
 
 BLOCK = 1 << 17  # entries: half a megabyte in float32; docs/log.md has the sizes that were tried
@@ -52,12 +52,12 @@ def elementwise(
         trees = [with_floating_leaves(tree, new) for tree, new in zip(state[1:], new_memory, strict=True)]
         return Made(with_floating_leaves(updates, changes), type(state)(state.step + 1, *trees))
 
-    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor]) -> tuple[Given, list[Tensor]]:
+    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool) -> tuple[Given, list[Tensor]]:
         now = values_at(given.state.step)
         wanted = {name: value for name, value in now.items() if isinstance(value, Tensor) and value.requires_grad}
         with torch.no_grad():
             at = rule.at(now, int(given.state.step))
-            back, totals = _pulled(rule, at, given, cotangent, bool(wanted))
+            back, totals = _pulled(rule, at, given, cotangent, Wanted(wrt_state, bool(wanted)))
         # No total where the rule, with what it remembers, does not use the value.
         ends = [totals[name].to(value) if name in totals else torch.zeros_like(value) for name, value in wanted.items()]
         # Retained: one value may serve several groups, and several metrics.
@@ -66,12 +66,14 @@ def elementwise(
     return Transformation(init, update, pull, lambda: elementwise(init, values_at, CompiledRule(rule)))
 
 
-def _pulled(rule: Rule, at: Values, given: Given, cotangent: Made, wanted: bool) -> tuple[Given, dict[str, Tensor]]:
+def _pulled(rule: Rule, at: Values, given: Given, cotangent: Made, wanted: Wanted) -> tuple[Given, dict[str, Tensor]]:
     gradient, params = floating_leaves(given.gradient), floating_leaves(given.params)
     groups = [gradient] * (len(given.state) - 1)
     memory = grouped(floating_leaves(given.state), groups)
     ends = [[leaf.contiguous() for leaf in each] for each in grouped(floating_leaves(cotangent.state), groups)]
-    leaves = [gradient, params, floating_leaves(cotangent.updates), *memory, *ends]
+    # As before the last step, after which nothing reads the memory.
+    some = [leaf for leaf in nonzero(joined(ends)) if leaf is not None]
+    leaves = [gradient, params, floating_leaves(cotangent.updates), *memory, *(ends if some else [])]
     to_gradient = _like(gradient)
     to_params: list[Tensor] | None = None
     totals: dict[str, Tensor] = {}
@@ -82,18 +84,16 @@ def _pulled(rule: Rule, at: Values, given: Given, cotangent: Made, wanted: bool)
         if pulled.params is not None:
             to_params = _like(params) if to_params is None else to_params
             write(to_params, pulled.params)
-        for end, entries in zip(ends, pulled.memory, strict=True):
+        for end, entries in zip(ends, pulled.memory, strict=wanted.state):
             write(end, entries)
         for name, share in pulled.values.items():
             totals[name] = totals[name] + share if name in totals else share
-    back = Given(
-        with_floating_leaves(given.gradient, to_gradient),
-        type(given.state)(
-            given.state.step, *(with_floating_leaves(*pair) for pair in zip(given.state[1:], ends, strict=True))
-        ),
-        None if to_params is None else with_floating_leaves(given.params, to_params),
-    )
-    return back, totals
+    back = with_floating_leaves(given.gradient, to_gradient)
+    if not wanted.state:
+        return Given(back, None, None), totals
+    trees = [with_floating_leaves(*pair) for pair in zip(given.state[1:], ends, strict=True)]
+    state = type(given.state)(given.state.step, *trees)
+    return Given(back, state, None if to_params is None else with_floating_leaves(given.params, to_params)), totals
 
 
 def _like(leaves: Sequence[Tensor]) -> list[Tensor]:

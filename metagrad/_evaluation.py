@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metagrad._buffers import DifferentiableStatistics, copies_of
 from metagrad._loss import mean_share
 from metagrad._refusals import refuse_changes_in_place
+from metagrad._repairs import Repaired
 from metagrad._tree import detached, floating_leaves, independent
 from metagrad._types import Loss, Params, Scalar, Tree
 
@@ -52,7 +53,7 @@ class Evaluation:
         copies = independent(at.buffers) if self.constant_buffers else copies_of(at.buffers)
         variables = {**at.params, **copies}
         statistics = bool(floating_leaves(at.buffers)) and not self.constant_buffers
-        with sdpa_kernel(SDPBackend.MATH), DifferentiableStatistics() if statistics else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH), DifferentiableStatistics() if statistics else nullcontext(), Repaired():
             with refuse_changes_in_place("the loss", params=at.params, batch=at.batch, meta=at.meta):
                 losses = self.loss(variables, at.batch, at.meta)
         share = mean_share(losses, self.num_examples, self.num_total)

@@ -103,7 +103,9 @@ def metagradient(
         raise ValueError('with `resume` a run goes on as it began, and curvature="auto" goes by the clock. Name one.')
     meta, run = prepared(step, params, batches, meta, wrt_params, progress, allow_low_precision)
     objective = Objective.of(metric, len(batches))
-    trial = objective.try_on(run.initial)
+    # Before training, whose work would be lost; a single step costs no more than to try.
+    once = len(batches) == 1 and isinstance(schedule, Schedule) and resume is None
+    trial = [] if once else objective.try_on(run.initial)
     run = _scheduled(run, schedule, store, resume, trial)[0]
     if resume is None:
         outcome = run.at_once(objective.at, store)

@@ -64,7 +64,8 @@ class StepPullback:
         gradient = dict(zip(params, (g.detach() for g in self.evaluated.gradient), strict=True))
         end = Made(with_floating_leaves(params, to_params), with_floating_leaves(optimizer, to_optimizer))
         with torch.enable_grad():
-            return self.optimizer.pull(Given(gradient, optimizer, params), end, floating_leaves(self.meta))
+            given = Given(gradient, optimizer, params)
+            return self.optimizer.pull(given, end, floating_leaves(self.meta), self.wrt_state)
 
     def _through_gradient(self, gammas: Cotangents, ends: Cotangents) -> list[Pulled]:
         if not self.has_graph:

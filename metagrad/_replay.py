@@ -143,12 +143,11 @@ class Replay:
         return _with_terms(Progress(state.step, done.values, carried, totals), terms(state))
 
     def _nothing_yet(self, state: State, terms: Sequence[Term | None]) -> Progress:
-        # Each metric's own: a step's pullback uses up what it is given.
-        carried, totals = (
-            [[torch.zeros_like(leaf) for leaf in floating_leaves(tree)] for _ in terms]
-            for tree in (differentiable(state), self.meta)
-        )
-        return _with_terms(Progress(state.step, [None for _ in terms], carried, totals), terms)
+        leaves = floating_leaves(differentiable(state))
+        # Copied: each metric's own, for a step's pullback uses up what it is given.
+        carried = [[x.clone() for x in t.cotangent] if t else [torch.zeros_like(x) for x in leaves] for t in terms]
+        totals = [[torch.zeros_like(leaf) for leaf in floating_leaves(self.meta)] for _ in terms]
+        return Progress(state.step, [t.value if t else None for t in terms], carried, totals)
 
     def _move(self, action: Action, state: State, tick: Callable[[], object]) -> State:
         if self.unsaved is not None and not isinstance(action, Run):

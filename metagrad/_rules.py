@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from metagrad._block import Block, Entries, Pulled, Values
+from metagrad._block import Block, Entries, Pulled, Values, Wanted
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class SgdRule:
         direction = gradient + now["momentum"] * velocity if self.nesterov else velocity
         return -now["lr"] * direction, [velocity]
 
-    def pull(self, now: Values, block: Block, update: Entries, memory: list[Entries], wanted: bool) -> Pulled:
+    def pull(self, now: Values, block: Block, update: Entries, memory: list[Entries], wanted: Wanted) -> Pulled:
         gradient = block.gradient + now["weight_decay"] * block.params if self.decays else block.gradient
         direction = gradient
         to_gradient = to_direction = -now["lr"] * update
@@ -36,16 +36,17 @@ class SgdRule:
             kept, share, before = now["momentum"], now["share"], block.memory[0]
             velocity = kept * before + share * gradient
             direction = gradient + kept * velocity if self.nesterov else velocity
-            to_velocity = memory[0] + (kept * to_direction if self.nesterov else to_direction)
+            to_velocity = kept * to_direction if self.nesterov else to_direction
+            to_velocity = memory[0] + to_velocity if memory else to_velocity
             to_gradient = share * to_velocity + (to_direction if self.nesterov else 0.0)
-            back = [kept * to_velocity]
-            if wanted:
+            back = [kept * to_velocity] if wanted.state else []
+            if wanted.values:
                 ahead = _dot(to_direction, velocity) if self.nesterov else 0.0
                 values["momentum"] = _dot(to_velocity, before) + ahead
                 values["dampening"] = -now["later"] * _dot(to_velocity, gradient)
-        if wanted:
+        if wanted.values:
             values |= {"lr": -_dot(update, direction), "weight_decay": _dot(to_gradient, block.params)}
-        to_params = now["weight_decay"] * to_gradient if self.decays else None
+        to_params = now["weight_decay"] * to_gradient if self.decays and wanted.state else None
         return Pulled(to_gradient, to_params, back, values)
 
 
@@ -74,7 +75,7 @@ class AdamRule:
         direction = (mean / now["scale1"]) / (root + now["eps"])
         return -now["lr"] * self._decayed(now, direction, block, self.decoupled), [mean, square]
 
-    def pull(self, now: Values, block: Block, update: Entries, memory: list[Entries], wanted: bool) -> Pulled:
+    def pull(self, now: Values, block: Block, update: Entries, memory: list[Entries], wanted: Wanted) -> Pulled:
         gradient = self._decayed(now, block.gradient, block, not self.decoupled)
         beta1, beta2, scale1, scale2 = now["betas[0]"], now["betas[1]"], now["scale1"], now["scale2"]
         mean = beta1 * block.memory[0] + (1 - beta1) * gradient
@@ -84,15 +85,17 @@ class AdamRule:
         direction = mean / divisor / scale1
 
         to_direction = -now["lr"] * update
-        to_mean = memory[0] + to_direction / divisor / scale1
+        to_mean = to_direction / divisor / scale1
         to_divisor = -(to_direction / divisor) * direction
         to_inside = to_divisor / root / 2
-        to_square = memory[1] + to_inside / scale2
+        to_square = to_inside / scale2
+        if memory:
+            to_mean, to_square = memory[0] + to_mean, memory[1] + to_square
         to_gradient = (1 - beta1) * to_mean + (2 * (1 - beta2)) * gradient * to_square
 
         decayed = to_direction if self.decoupled else to_gradient
         values: dict[str, Tensor] = {}
-        if wanted:
+        if wanted.values:
             values = {
                 "lr": -_dot(update, self._decayed(now, direction, block, self.decoupled)),
                 "betas[0]": _dot(to_mean, block.memory[0] - gradient)
@@ -103,6 +106,8 @@ class AdamRule:
                 "eps_root": to_inside.sum(),
                 "weight_decay": _dot(decayed, block.params),
             }
+        if not wanted.state:
+            return Pulled(to_gradient, None, [], values)
         to_params = now["weight_decay"] * decayed if self.decays else None
         return Pulled(to_gradient, to_params, [beta1 * to_mean, beta2 * to_square], values)
 

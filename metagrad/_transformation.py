@@ -26,7 +26,7 @@ class Given(NamedTuple):
 
     gradient: Tree
     state: Tree
-    params: Tree  # As a cotangent None stands for zeros.
+    params: Tree  # As a cotangent None stands for zeros, or for what nobody asked for.
 
 
 class Made(NamedTuple):
@@ -39,10 +39,13 @@ class Made(NamedTuple):
 class PullUpdate(Protocol):
     """From the cotangents of an update's results to those of what it was given, and of `meta`.
 
-    `meta` are leaves that the hyperparameters may have been computed from; gradients are enabled inside.
+    `meta` are leaves that the hyperparameters may have been computed from; gradients are enabled inside. Those of the
+    state and the parameters are None unless `wrt_state`.
     """
 
-    def __call__(self, given: Given, cotangent: Made, meta: Sequence[Tensor], /) -> tuple[Given, list[Tensor]]: ...
+    def __call__(
+        self, given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool, /
+    ) -> tuple[Given, list[Tensor]]: ...
 
 
 class Transformation(GradientTransformation):
@@ -83,7 +86,7 @@ def chained(*links: Transformation) -> Transformation:
             new.append(changed)
         return Made(updates, tuple(new))
 
-    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor]) -> tuple[Given, list[Tensor]]:
+    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool) -> tuple[Given, list[Tensor]]:
         reached = [given.gradient]
         with torch.no_grad():
             for link, own in zip(links[:-1], given.state, strict=False):
@@ -91,12 +94,12 @@ def chained(*links: Transformation) -> Transformation:
         flowing, to_params, to_meta = cotangent.updates, None, [torch.zeros_like(leaf) for leaf in meta]
         states: list[Tree] = []
         for link, gradient, own, end in reversed(list(zip(links, reached, given.state, cotangent.state, strict=True))):
-            back, more = link.pull(Given(gradient, own, given.params), Made(flowing, end), meta)
+            back, more = link.pull(Given(gradient, own, given.params), Made(flowing, end), meta, wrt_state)
             flowing = back.gradient
             states.append(back.state)
             to_params = back.params if to_params is None else plus(to_params, back.params)
             to_meta = add(to_meta, more)
-        return Given(flowing, tuple(reversed(states)), to_params), to_meta
+        return Given(flowing, tuple(reversed(states)) if wrt_state else None, to_params), to_meta
 
     return Transformation(init, update, pull, lambda: chained(*(link.compiled() for link in links)))
 
@@ -109,16 +112,18 @@ def plus(left: Tree, right: Tree | None) -> Tree:
 
 
 def _pulled_by_autograd(update: Callable[..., Tree]) -> PullUpdate:
-    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor]) -> tuple[Given, list[Tensor]]:
+    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool) -> tuple[Given, list[Tensor]]:
         given = fresh(given)
         made = update(given.gradient, given.state, params=given.params, inplace=False)
-        groups = [floating_leaves(given), meta]
+        groups = [floating_leaves(given if wrt_state else given.gradient), meta]
         # Retained: what the hyperparameters were computed from serves several groups, and several metrics.
         pulled = pull_gradient(floating_leaves(made), joined(groups), [floating_leaves(cotangent)], retain_graph=True)[
             0
         ]
         to_given, to_meta = grouped(pulled, groups)
-        return with_floating_leaves(given, to_given), to_meta
+        if wrt_state:
+            return with_floating_leaves(given, to_given), to_meta
+        return Given(with_floating_leaves(given.gradient, to_given), None, None), to_meta
 
     return pull
 

@@ -133,6 +133,14 @@ COMPOSITE = {
         lambda x: F.huber_loss(x, constant(3, 5), "none", weight=positive(3, 5)), natively=MISSING
     ),
     "soft_margin_loss": Operation(lambda x: F.soft_margin_loss(x, constant(3, 5).sign()), natively=MISSING),
+    "embedding, a row of padding": Operation(
+        lambda w: F.embedding(labels(3, 2), w, padding_idx=int(labels(3, 2)[0, 0])),
+        ((5, 4),),
+        {FORWARD: WRONG, REVERSE: WRONG},
+    ),
+    "weight_norm": module(
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(4, 5)), (3, 4), **{FORWARD: RAISES, REVERSE: RAISES}
+    ),
     "attention": attention(*HEADS),
     "attention, scale": attention(*HEADS, scale=0.3),
     "attention, causal": attention(*HEADS, is_causal=True),

@@ -117,6 +117,17 @@ class RMSNorm(nn.Module):
         return self.weight * x * (x.square().mean(-1, keepdim=True) + 0.1).rsqrt()
 
 
+class Rotary(nn.Module):
+    """The rotary positions of a Llama, likewise: cosines and sines of the angles of two frequencies, each twice."""
+
+    def forward(
+        self, x: Float[Tensor, "examples length 8"], position_ids: Int[Tensor, "1 length"]
+    ) -> tuple[Float[Tensor, "1 length 4"], Float[Tensor, "1 length 4"]]:
+        frequencies = torch.tensor([1.0, 1e-2, 1.0, 1e-2], dtype=x.dtype)
+        angles = position_ids[..., None] * frequencies
+        return angles.cos(), angles.sin()
+
+
 def llama(num_steps: int) -> Problem:
     """A Llama: rotary positions, grouped heads, RMS norm, gated SiLU."""
     config = LlamaConfig(
@@ -133,7 +144,7 @@ def llama(num_steps: int) -> Problem:
     model = LlamaForCausalLM(config)
     for layer in model.model.layers:
         layer.input_layernorm, layer.post_attention_layernorm = RMSNorm(), RMSNorm()
-    model.model.norm = RMSNorm()
+    model.model.norm, model.model.rotary_emb = RMSNorm(), Rotary()
     return _language(model, num_steps)
 
 

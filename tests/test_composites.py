@@ -171,9 +171,8 @@ def test_large_numbers_in_float32(mode):
     assert worst(Pulled(*([leaf.double() for leaf in each] for each in found)), wanted) <= 1e-5
 
 
-@pytest.mark.parametrize("mode", FAST)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_coarse_types_keep_their_type(dtype, mode):
+def test_coarse_types_keep_their_type(dtype):
     """Inside such an operation torch computes in float32, and so does a composite."""
     operations = {
         "softmax": lambda x: F.softmax(x, 1),
@@ -234,6 +233,26 @@ def test_a_gradient_stopped_by_no_grad_is_stopped(mode):
     at = Inputs({"x": torch.tensor([0.3, -1.2, 2.0])}, {}, {"scale": torch.tensor(1.0)})
     gamma = [torch.tensor([1.0, 0.5, -0.2])]
     assert worst(*(MODES[m](loss, at, [gamma], [[]], True)[0] for m in (mode, REFERENCE))) <= 1e-12
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_chunks_that_torch_cannot_differentiate_twice_are_refused(mode):
+    options = torch.nn.LinearCrossEntropyOptions()
+
+    def loss(params, _, meta):
+        return F.linear_cross_entropy(params["h"], params["w"], torch.tensor([0, 1]), options=options), {}
+
+    at = Inputs({"h": torch.randn(2, 3), "w": torch.randn(4, 3)}, {}, {})
+    with pytest.raises(RuntimeError, match="mg.linear_cross_entropy"):
+        MODES[mode](loss, at, [[torch.ones(2, 3), torch.ones(4, 3)]], [[]], True)
+
+
+@pytest.mark.skipif(not torch.__version__.startswith("2.13"), reason="the repair is that of torch 2.13")
+def test_torchs_own_weight_norm_is_wrong_twice_differentiated(monkeypatch):
+    """The repair is needed: its second derivative by reverse mode over reverse mode is no difference of gradients."""
+    monkeypatch.setattr(_modes, "Repaired", nullcontext)
+    question = Question(OPERATIONS["weight_norm"])
+    assert relative_error(question.answer(REFERENCE).params[-1], question.difference()[-1]) > 0.1
 
 
 @pytest.mark.parametrize("mode", FAST)

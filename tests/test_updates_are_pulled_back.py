@@ -63,7 +63,7 @@ def by_autograd(optimizer, given, cotangent, meta):
 
 
 def by_pullback(optimizer, given, cotangent, meta):
-    back, to_meta = optimizer.pull(given, independent(cotangent), floating_leaves(meta))
+    back, to_meta = optimizer.pull(given, independent(cotangent), floating_leaves(meta), True)
     zeros = {name: torch.zeros_like(p) for name, p in given.params.items()}
     return [*floating_leaves(back._replace(params=back.params or zeros)), *to_meta]
 
@@ -173,5 +173,5 @@ def test_a_pullback_takes_no_more_than_two_vectors_of_parameters(name, vectors):
     arguments = problem(MAKERS[name], [[1000, 1000], [2000, 1500]], 1, seed=0)
     size = 8 * 4_000_000
     with Living(floating_leaves(arguments)) as living, torch.no_grad():
-        arguments[0].pull(*arguments[1:3], [])
+        arguments[0].pull(*arguments[1:3], [], True)
     assert vectors * size <= living.most <= vectors * size + 20 * 8 * _elementwise.BLOCK

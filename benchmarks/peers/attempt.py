@@ -1,0 +1,38 @@
+"""What a contender is: it prepares once, and then makes attempts of which a clock sees the part to be compared."""
+
+from collections.abc import Callable, Iterator
+from time import perf_counter
+from types import TracebackType
+from typing import TypeAlias
+
+from torch import Tensor
+
+from benchmarks.peers.cases import Case
+from benchmarks.peers.tasks import Batch, Task
+
+
+class Clock:
+    """Adds up the seconds spent inside `with clock:`."""
+
+    def __init__(self) -> None:
+        self.seconds, self._start = 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._start = perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.seconds += perf_counter() - self._start
+
+
+# One run from the initial parameters; returns the gradient of the weights, or None where only training is timed.
+Attempt: TypeAlias = Callable[[Clock], Tensor | None]
+Contender: TypeAlias = Callable[[Task, Case], Attempt]
+
+
+def pieces(batch: Batch, num_pieces: int) -> Iterator[Batch]:
+    """The micro-batches of `batch`, of equal sizes."""
+    size = len(batch["index"]) // num_pieces
+    for start in range(0, size * num_pieces, size):
+        yield {name: value[start : start + size] for name, value in batch.items()}
