@@ -144,8 +144,12 @@ class Replay:
 
     def _nothing_yet(self, state: State, terms: Sequence[Term | None]) -> Progress:
         leaves = floating_leaves(differentiable(state))
-        # Copied: each metric's own, for a step's pullback uses up what it is given.
-        carried = [[x.clone() for x in t.cotangent] if t else [torch.zeros_like(x) for x in leaves] for t in terms]
+        # Copied: each metric's own, for a pullback to a state uses up what it is given.
+        used_up = state.step > 1 or self.wrt_params
+        carried = [
+            [x.clone() if used_up else x for x in t.cotangent] if t else [torch.zeros_like(x) for x in leaves]
+            for t in terms
+        ]
         totals = [[torch.zeros_like(leaf) for leaf in floating_leaves(self.meta)] for _ in terms]
         return Progress(state.step, [t.value if t else None for t in terms], carried, totals)
 

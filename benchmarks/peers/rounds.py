@@ -1,6 +1,6 @@
 """All contenders of one case by turns, and what was measured."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
@@ -52,10 +52,11 @@ class Comparison:
 
     def ratios(self, entry: Entry) -> list[float] | None:
         """Times of plain training, round by round; None without both."""
-        plain = self._by_name(PLAIN)
-        if entry.failure is not None or plain is None:
-            return None
-        return [own / base for own, base in zip(entry.seconds, plain.seconds, strict=True)]
+        return self._over_plain(entry, lambda each: each.seconds)
+
+    def cpu_ratios(self, entry: Entry) -> list[float] | None:
+        """The same of the time that processors spent, to which other work on the machine adds little."""
+        return self._over_plain(entry, lambda each: [turn.cpu_seconds for turn in each.turns[1:]])
 
     def ratios_without_metric(self, entry: Entry) -> list[float] | None:
         """The same less the gradient of the metric, as it was timed in the same round; None where it has no part."""
@@ -71,6 +72,12 @@ class Comparison:
         if ours is None or ours.gradient is None or entry.gradient is None:
             return None
         return float((entry.gradient - ours.gradient).norm() / ours.gradient.norm())
+
+    def _over_plain(self, entry: Entry, times: Callable[[Entry], list[float]]) -> list[float] | None:
+        plain = self._by_name(PLAIN)
+        if entry.failure is not None or plain is None:
+            return None
+        return [own / base for own, base in zip(times(entry), times(plain), strict=True)]
 
     def _by_name(self, name: str) -> Entry | None:
         return next((entry for entry in self.entries if entry.name == name and entry.failure is None), None)

@@ -5,13 +5,14 @@ from statistics import median
 
 from benchmarks.peers.rounds import TOLERANCE, Comparison, Entry
 
-HEAD = ["contender", "median s", "min", "max", "× plain", "less metric", "peak MB", "error", "first s"]
+HEAD = ["contender", "median s", "min", "max", "× plain", "less metric", "× CPU", "peak MB", "error", "first s"]
 LEGEND = f"""\
 * *median s, min, max*: wall time of training with states kept, the metric's gradient and the reverse pass; of plain
   training alone where the name says so. Contenders take turns, each in a process of its own; a turn is one attempt, or
   the median of several short ones.
 * *× plain*: the median over the rounds of the time over that of plain training in the same round.
 * *less metric*: the same after the time of *metric alone* in that round, one gradient of the metric, is subtracted.
+* *× CPU*: *× plain* of the time that the processors spent on the process. Trust it where other work shares the machine.
 * *peak MB*: resident memory at the most, above that of the process before the attempt; medians. bergson and
   *ours on disk* keep their states on disk, *ours* in RAM, TorchOpt and higher the graphs of all steps.
 * *keeps sqrt* means at most ⌈√T⌉ states for *ours* and the mode "sqrt" of bergson, which holds about 2√T; *8 slots*
@@ -37,6 +38,7 @@ def _row(comparison: Comparison, entry: Entry) -> list[str]:
         f"{max(seconds):.3f}",
         _ratio(comparison.ratios(entry)),
         _ratio(comparison.ratios_without_metric(entry)),
+        _ratio(comparison.cpu_ratios(entry)),
         f"{entry.peak_mb:.0f}",
         "" if error is None else f"{error:.1e}",
         f"{entry.first_seconds:.1f}",

@@ -33,6 +33,7 @@ class Measured(NamedTuple):
     """One turn: seconds of an attempt, peak of the process above its start in MB, gradient of the weights."""
 
     seconds: float
+    cpu_seconds: float
     peak_mb: float
     gradient: list[float] | None
 
@@ -93,14 +94,15 @@ def _serve(connection: Connection, prepare: Contender, case: Case, settings: Set
 
 def _turn(attempt: Attempt, at_least: float) -> Measured:
     """Medians of as many attempts as it takes: short ones would otherwise be measured worse than long ones."""
-    seconds: list[float] = []
+    clocks: list[Clock] = []
     peaks: list[float] = []
     memory.give_back()
-    while not seconds or (sum(seconds) < at_least and len(seconds) < MAX_ATTEMPTS):
+    while not clocks or (sum(clock.seconds for clock in clocks) < at_least and len(clocks) < MAX_ATTEMPTS):
         start, clock = memory.restart_peak(), Clock()
         gradient = attempt(clock)
-        seconds.append(clock.seconds)
+        clocks.append(clock)
         peaks.append(memory.peak() - start)
         # Also for those whose turn is next, so that they have room.
         memory.give_back()
-    return Measured(median(seconds), median(peaks), None if gradient is None else gradient.tolist())
+    wall, processors = (median(times) for times in zip(*((c.seconds, c.cpu_seconds) for c in clocks), strict=True))
+    return Measured(wall, processors, median(peaks), None if gradient is None else gradient.tolist())
