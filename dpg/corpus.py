@@ -7,6 +7,7 @@ language reference that ``help()`` prints (``pydoc_data.topics``) and in docstri
 import ast
 import importlib.util
 import inspect
+import os
 import re
 import sysconfig
 import zlib
@@ -67,9 +68,7 @@ def _package_folder(name: str) -> Path:
 
 def _documentation(folder: Path) -> Iterator[str]:
     """Every docstring under `folder`, and the topics of ``help()`` where `folder` has them."""
-    for path in sorted(folder.rglob("*.py")):
-        if _SKIPPED_FOLDERS.intersection(path.relative_to(folder).parts):
-            continue
+    for path in sorted(_sources(folder)):
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError):
@@ -77,6 +76,13 @@ def _documentation(folder: Path) -> Iterator[str]:
         yield from _docstrings(tree)
         if path.parts[-2:] == ("pydoc_data", "topics.py"):
             yield from map(inspect.cleandoc, _strings(tree))
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    """The Python files under `folder`; skipped folders, of which one holds all installed packages, are not entered."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if each not in _SKIPPED_FOLDERS]
+        yield from (Path(parent, name) for name in names if name.endswith(".py"))
 
 
 def _docstrings(node: ast.Module | ast.stmt) -> Iterator[str]:

@@ -51,10 +51,11 @@ def estimate(parts: Parts, settings: Settings) -> Estimate:
     num_inner_steps = _num_inner_steps(settings)
     num_validations = len({*range(0, settings.num_steps, settings.validate_every), settings.num_steps})
     length = settings.max_prompt_tokens + settings.max_new_tokens
-    forwards = 1 + 1 + (settings.kl_coefficient > 0) + 3  # sampling, old and reference log-probabilities, update
+    own = settings.sampling_dtype is not None  # Then log-probabilities are computed again in the weights' own type.
+    forwards = 1 + own + (settings.kl_coefficient > 0) + 3  # sampling, own and reference log-probabilities, update
     written = 2 * _num_parameters(generator) * length  # operations of one forward pass over one text
     trained = 2 * _num_parameters(target) * settings.sequence_length
-    # With one inner step a gradient and a forward-mode pass; else the replay, a gradient and its derivative too.
+    # With one inner step a gradient and the derivative by the weights; else the replay, a gradient and all of it too.
     metagradient_forwards = {0: 0, 1: 6}.get(num_inner_steps, 15)
     target_forwards = 3 if settings.reward == "naive" else metagradient_forwards
     num_validated = num_validations * settings.validation_texts
@@ -114,7 +115,7 @@ def _sampling(model: PreTrainedModel, settings: Settings) -> int:
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     width = heads * (config.hidden_size // all_heads)
     length = settings.max_prompt_tokens + settings.max_new_tokens
-    return FLOAT * batch * (2 * config.num_hidden_layers * width * length + 2 * config.vocab_size)
+    return FLOAT * batch * (2 * config.num_hidden_layers * width * length + 5 * config.vocab_size)
 
 
 def _update(model: PreTrainedModel, settings: Settings) -> int:

@@ -1,8 +1,7 @@
 """The language model that writes the texts: batched sampling, and the log-probability of what it wrote."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpg.sampling import draw
 
 
 class Rollouts(NamedTuple):
@@ -21,6 +22,7 @@ class Rollouts(NamedTuple):
         prompt_mask: False at their padding.
         token_ids: what was written, its end token included.
         token_mask: False after the end token.
+        log_probs: log π of every written token, in the precision it was drawn in; 0 after the end token.
         texts: what was written, decoded.
     """
 
@@ -28,12 +30,15 @@ class Rollouts(NamedTuple):
     prompt_mask: Bool[Tensor, "rollouts prompt"]
     token_ids: Int[Tensor, "rollouts tokens"]
     token_mask: Bool[Tensor, "rollouts tokens"]
+    log_probs: Float[Tensor, "rollouts tokens"]
     texts: list[str]
 
     def rows(self, chosen: Int[Tensor, " chosen"]) -> "Rollouts":
-        """Some of the rollouts."""
-        tensors = (tensor[chosen] for tensor in self[:4])
-        return Rollouts(*tensors, [self.texts[i] for i in chosen.tolist()])
+        """Some of the rollouts, without the padding that all of them share."""
+        prompt, written = (int(mask[chosen].sum(dim=1).max()) for mask in (self.prompt_mask, self.token_mask))
+        prompts = (tensor[chosen, -prompt:] for tensor in self[:2])
+        tokens = (tensor[chosen, :written] for tensor in self[2:5])
+        return Rollouts(*prompts, *tokens, [self.texts[i] for i in chosen.tolist()])
 
 
 @dataclass(frozen=True)
@@ -115,23 +120,29 @@ class Generator:
 
     def _sample(self, rows: list[list[int]]) -> Rollouts:
         """One continuation of each row of tokens."""
-        end = self.tokenizer.eos_token_id
+        end, device, dtype = self.tokenizer.eos_token_id, self.model.device, self.sampling_dtype
+        copies = [(ids, len(list(same))) for ids, same in groupby(rows)]
         longest = max(map(len, rows))
-        padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids in rows], device=self.model.device)
-        lengths = torch.tensor([[len(ids)] for ids in rows], device=self.model.device)
-        mask = torch.arange(longest, device=self.model.device) >= longest - lengths
-        device, dtype = self.model.device.type, self.sampling_dtype
-        with _without_defaults(self.model), torch.autocast(device, dtype, enabled=dtype is not None):
-            output = self.model.generate(
-                input_ids=padded, attention_mask=mask.long(), generation_config=self._sampling()
+        padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids, _ in copies], device=device)
+        lengths = torch.tensor([[len(ids)] for ids, _ in copies], device=device)
+        mask = torch.arange(longest, device=device) >= longest - lengths
+        owners = torch.repeat_interleave(torch.tensor([count for _, count in copies])).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            written, log_probs = draw(
+                self.model,
+                padded,
+                mask,
+                owners,
+                num_tokens=self.max_new_tokens,
+                end=end,
+                temperature=self.temperature,
             )
-        written = output[:, longest:]
         ended = (written == end).long()
         alive = ended.cumsum(dim=1) - ended == 0  # Up to and including the first end token.
         texts = self.tokenizer.batch_decode(
             [ids[keep] for ids, keep in zip(written, alive, strict=True)], skip_special_tokens=True
         )
-        return Rollouts(padded, mask, written, alive, texts)
+        return Rollouts(padded[owners], mask[owners], written, alive, log_probs, texts)
 
     def log_probs(self, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens"]:
         """log π of every written token, given the prompt and what came before."""
@@ -139,16 +150,16 @@ class Generator:
 
     def logits(self, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens vocabulary"]:
         """What every written token was drawn from: the logits of π, at the sampling temperature."""
-        mask = torch.cat([rollouts.prompt_mask, torch.ones_like(rollouts.token_mask)], dim=1).long()
-        first = rollouts.prompt_ids.shape[1] - 1  # The position that predicts the first written token.
+        read = rollouts.token_ids[:, :-1]  # Nothing is predicted from the last one.
+        mask = torch.cat([rollouts.prompt_mask, torch.ones_like(read, dtype=torch.bool)], dim=1).long()
         logits = self.model(
-            input_ids=torch.cat([rollouts.prompt_ids, rollouts.token_ids], dim=1),
+            input_ids=torch.cat([rollouts.prompt_ids, read], dim=1),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            logits_to_keep=torch.arange(first, first + rollouts.token_ids.shape[1], device=mask.device),
+            logits_to_keep=rollouts.token_ids.shape[1],
             use_cache=False,
         ).logits
-        return logits / self.temperature
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def _chat_ids(self, prompt: str) -> list[int]:
         def within_template(content: str) -> list[int]:
@@ -163,18 +174,6 @@ class Generator:
             raise ValueError(f"`max_prompt_tokens` {self.max_prompt_tokens} leaves no room in the chat template.")
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
         return within_template(self.tokenizer.decode(ids[:room]))
-
-    def _sampling(self) -> GenerationConfig:
-        return GenerationConfig(
-            do_sample=True,
-            temperature=self.temperature,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            max_new_tokens=self.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.eos_token_id,
-        )
 
 
 def token_log_probs(
@@ -192,25 +191,11 @@ def token_log_probs(
 def _joined(parts: list[Rollouts], end: int) -> Rollouts:
     """Rollouts below one another: prompts padded to the longest on the left, what was written on the right."""
     prompt, written = (max(part[i].shape[1] for part in parts) for i in (0, 2))
-    sides = [(prompt, True, end), (prompt, True, False), (written, False, end), (written, False, False)]
+    prompts, tokens = [(prompt, True, end), (prompt, True, False)], [(written, False, end), (written, False, False)]
+    sides = [*prompts, *tokens, (written, False, 0.0)]
     tensors = []
     for i, (width, left, filler) in enumerate(sides):
         gaps = [width - part[i].shape[1] for part in parts]
         padded = [F.pad(p[i], (gap, 0) if left else (0, gap), value=filler) for p, gap in zip(parts, gaps, strict=True)]
         tensors.append(torch.cat(padded))
     return Rollouts(*tensors, [text for part in parts for text in part.texts])
-
-
-@contextmanager
-def _without_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """`generate` without the model's own generation settings: they bias what is sampled, unseen by `log_probs`."""
-    base = getattr(model, "base_model", model)  # Of adapters, whose wrapper hands its own settings on.
-    owners = [each for each in (model, getattr(base, "model", None)) if hasattr(each, "generation_config")]
-    own = [owner.generation_config for owner in owners]
-    for owner in owners:
-        owner.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        for owner, settings in zip(owners, own, strict=True):
-            owner.generation_config = settings

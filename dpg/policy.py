@@ -26,7 +26,7 @@ class Policy:
     def of(cls, generator: Generator, config: GrpoConfig) -> "Policy":
         """A policy that starts from `generator` as it is."""
         learned = [p for p in generator.model.parameters() if p.requires_grad]  # All, or those of an adapter.
-        optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay, fused=True)
         penalized = config.kl_coefficient > 0
         reference = replace(generator, model=copy.deepcopy(generator.model)) if penalized else None
         return cls(generator, reference, optimizer, config)
@@ -37,30 +37,24 @@ class Policy:
         Raises:
             NonFiniteError: if the generator's gradient is NaN or infinite.
         """
-        config, parameters = self.config, self.generator.model.parameters
+        config, kls = self.config, []
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        old = self._log_probs(self.generator, rollouts)
-        start = old if self.reference is None else self._log_probs(self.reference, rollouts)
-        kls = []
+        if self.generator.sampling_dtype is not None:  # A ratio compares what is trained with itself.
+            rollouts = rollouts._replace(log_probs=self._log_probs(rollouts))
+        lengths = rollouts.token_mask.sum(dim=1).cpu()
         for chosen in torch.randperm(len(advantages)).chunk(config.updates_per_step):
             self.optimizer.zero_grad()
-            num_tokens, kl_of_update = rollouts.token_mask[chosen].sum(), 0.0
-            for places in chosen.split(config.microbatch_size or len(chosen)):
-                part = rollouts.rows(places)
-                logits = self.generator.logits(part)
-                log_probs = token_log_probs(logits, part.token_ids)
-                share = part.token_mask.sum() / num_tokens  # Losses are means over tokens.
-                loss = policy_loss(log_probs, old[places], advantages[places], part.token_mask, config.clip_range)
-                if self.reference is not None:
-                    kl = kl_estimate(log_probs, start[places], part.token_mask)
-                    loss = loss + config.kl_coefficient * kl
-                    kl_of_update += float(share * kl.detach())
-                if config.entropy_coefficient > 0:
-                    loss = loss - config.entropy_coefficient * mean_entropy(logits, part.token_mask)
+            num_tokens, kl_of_update = lengths[chosen].sum(), 0.0
+            # Texts of like lengths together: less padding.
+            in_order = chosen[lengths[chosen].argsort(stable=True)]
+            for places in in_order.split(config.microbatch_size or len(chosen)):
+                loss, kl = self._loss(rollouts.rows(places), advantages[places])
+                share = lengths[places].sum() / num_tokens  # Losses are means over tokens.
                 (share * loss).backward()
+                kl_of_update += float(share * kl)
             kls.append(kl_of_update)
-            norm = torch.nn.utils.clip_grad_norm_(parameters(), config.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(self.generator.model.parameters(), config.max_grad_norm)
             if not torch.isfinite(norm):
                 raise mg.NonFiniteError(
                     f"the generator's gradient is not finite (its loss is {float(loss.detach())}). Lower "
@@ -69,11 +63,31 @@ class Policy:
             self.optimizer.step()
         return sum(kls) / len(kls)
 
+    def _loss(
+        self, part: Rollouts, advantages: Float[Tensor, " rollouts"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The mean over the tokens of `part` of what is minimised, and of the KL to the reference."""
+        config, kl = self.config, torch.zeros(())
+        logits = self.generator.logits(part)
+        log_probs = token_log_probs(logits, part.token_ids)
+        loss = policy_loss(log_probs, part.log_probs, advantages, part.token_mask, config.clip_range)
+        if self.reference is not None:
+            with torch.no_grad():
+                start = self.reference.log_probs(part)
+            kl = kl_estimate(log_probs, start, part.token_mask)
+            loss = loss + config.kl_coefficient * kl
+        if config.entropy_coefficient > 0:
+            loss = loss - config.entropy_coefficient * mean_entropy(logits, part.token_mask)
+        return loss, kl.detach()
+
     @torch.no_grad()
-    def _log_probs(self, generator: Generator, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens"]:
-        """log π of every written token, some rollouts at a time."""
-        places = torch.arange(len(rollouts.texts)).split(self.config.microbatch_size or len(rollouts.texts))
-        return torch.cat([generator.log_probs(rollouts.rows(chosen)) for chosen in places])
+    def _log_probs(self, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens"]:
+        """log π of every written token in the generator's own precision, some rollouts at a time."""
+        found = torch.zeros_like(rollouts.log_probs, dtype=self.generator.model.dtype)
+        for places in torch.arange(len(found)).split(self.config.microbatch_size or len(found)):
+            part = rollouts.rows(places)
+            found[places, : part.token_ids.shape[1]] = self.generator.log_probs(part)
+        return found
 
     def checkpoint(self, step: int) -> Checkpoint:
         """What `restore` needs to go on after `step`; a copy, which further training leaves alone."""

@@ -8,7 +8,6 @@ from problems import PROBLEMS
 
 import metagrad as mg
 
-
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 
 

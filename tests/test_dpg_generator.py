@@ -5,8 +5,16 @@ import torch
 from dpg_problems import END, LETTERS, MODELS, generator, gpt2, ids_of, letters, written_log_probs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
+import metagrad as mg
 from dpg.build import MODELS as PUBLISHED
 from dpg.generator import Generator
 from dpg.target import load_model
@@ -30,6 +38,87 @@ def test_log_probs_are_those_of_each_rollout_alone(family, temperature):
     for row in range(len(rollouts.texts)):
         alone = written_log_probs(chosen, rollouts, row)
         torch.testing.assert_close(log_probs[row][rollouts.token_mask[row]], alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("family", MODELS)
+def test_what_is_sampled_has_the_log_probs_that_it_was_drawn_with(family, temperature):
+    chosen = Generator(MODELS[family](), letters(), max_prompt_tokens=4, max_new_tokens=6, temperature=temperature)
+    rollouts = sampled(chosen)
+    assert not rollouts.log_probs[~rollouts.token_mask].any()
+    for row in range(len(rollouts.texts)):
+        alone = written_log_probs(chosen, rollouts, row)
+        torch.testing.assert_close(rollouts.log_probs[row][rollouts.token_mask[row]], alone, rtol=1e-9, atol=1e-9)
+
+
+def test_in_float32_too():
+    chosen = Generator(*load_model(str(PUBLISHED / "generator")), max_new_tokens=20)
+    rollouts = sampled(chosen, prompts=["The file", "An object is", "If"], group_size=8)
+    with torch.no_grad():
+        again = chosen.log_probs(rollouts)
+    assert rollouts.log_probs.dtype == torch.float32
+    # Logits of about 10 from sums of 128 to 384 terms: a few units in the last place, 1e-6, each.
+    torch.testing.assert_close(rollouts.log_probs, again * rollouts.token_mask, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", MODELS)
+def test_each_token_is_that_of_its_uniform_number(family, temperature):
+    """The inverse of the distribution function, written out for each row alone: no cache, no padding, no batch."""
+    chosen = Generator(MODELS[family](2), letters(), max_prompt_tokens=4, max_new_tokens=9, temperature=temperature)
+    rollouts = sampled(chosen, seed=3, group_size=6)
+    torch.manual_seed(3)
+    uniforms = 1 - torch.rand(24, 9, dtype=torch.float64)
+    lengths = set()
+    for row in range(24):
+        ids = ids_of(PROMPTS[row // 6])[:4]
+        start = len(ids)
+        while len(ids) < start + 9 and END not in ids:
+            p = (chosen.model(torch.tensor([ids])).logits[0, -1] / temperature).softmax(dim=0).tolist()
+            wanted, token, reached = float(uniforms[row, len(ids) - start]), 0, p[0]
+            while reached < wanted * sum(p):
+                token += 1
+                reached += p[token]
+            ids.append(token)
+        assert rollouts.token_ids[row][rollouts.token_mask[row]].tolist() == ids[start:]
+        lengths.add(len(ids) - start)
+    assert len(lengths) > 3 and max(lengths) == 9  # Rows were dropped while others went on.
+
+
+def test_a_recurrent_model_is_sampled_as_it_is_trained():
+    torch.manual_seed(0)
+    config = MambaConfig(hidden_size=8, state_size=4, num_hidden_layers=2, vocab_size=END + 1, initializer_range=0.3)
+    chosen = Generator(MambaForCausalLM(config).float().eval(), letters(), max_prompt_tokens=4, max_new_tokens=8)
+    rollouts = sampled(chosen)
+    assert not rollouts.prompt_mask.all() and not rollouts.token_mask.all()
+    with torch.no_grad():
+        again = chosen.log_probs(rollouts)
+    torch.testing.assert_close(rollouts.log_probs, again * rollouts.token_mask, rtol=1e-5, atol=1e-5, check_dtype=False)
+
+
+def test_a_model_that_cannot_go_on_from_what_it_has_read_is_refused():
+    config = RwkvConfig(vocab_size=END + 1, hidden_size=8, attention_hidden_size=8, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="RwkvForCausalLM keeps no transformers.Cache"):
+        Generator(RwkvForCausalLM(config), letters()).sample(["abc"])
+
+
+def test_a_broken_model_is_named():
+    model = gpt2()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(mg.NonFiniteError, match="draws its next token from is not finite"):
+        Generator(model, letters(), max_new_tokens=3).sample(["abc"])
+
+
+@pytest.mark.parametrize("uniform, possible", [(2.0**-53, {3}), (0.5, {3, 7}), (1.0, {7})])
+def test_a_token_of_probability_zero_is_never_drawn(uniform, possible, monkeypatch):
+    model = gpt2()
+    never = torch.ones(END + 1, dtype=torch.bool)
+    never[[3, 7]] = False
+    model.lm_head.register_forward_hook(lambda head, given, logits: logits.masked_fill(never, -torch.inf))
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: torch.full(shape, 1 - uniform, dtype=torch.float64))
+    written = Generator(model, letters(), max_new_tokens=6).sample(["abc"]).token_ids[0].tolist()
+    assert set(written) <= possible
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -139,17 +228,22 @@ def test_a_rollout_ends_with_its_first_end_token():
     assert len(lengths) > 4 and rollouts.token_mask[:, -1].any()  # Some were cut, the others ended anywhere.
 
 
-def test_rows_are_rollouts():
-    rollouts = sampled(generator())
-    some = rollouts.rows(torch.tensor([4, 1]))
-    assert some.texts == [rollouts.texts[4], rollouts.texts[1]]
-    for part, whole in zip(some[:4], rollouts[:4], strict=True):
-        assert torch.equal(part, torch.stack([whole[4], whole[1]]))
+def test_rows_are_rollouts_without_the_padding_that_they_share():
+    rollouts = sampled(generator(max_new_tokens=12), prompts=["abcd", "hg", "k"], group_size=8)
+    lengths = rollouts.token_mask.sum(dim=1)
+    long, short = [int(lengths[8:].argsort()[i]) + 8 for i in (6, 0)]
+    some = rollouts.rows(torch.tensor([long, short]))
+    assert some.texts == [rollouts.texts[long], rollouts.texts[short]]
+    prompt, written = max(2 if i < 16 else 1 for i in (long, short)), int(lengths[long])
+    assert written < rollouts.token_ids.shape[1]
+    cuts = [slice(-prompt, None)] * 2 + [slice(written)] * 3
+    for part, whole, cut in zip(some[:5], rollouts[:5], cuts, strict=True):
+        assert torch.equal(part, torch.stack([whole[long, cut], whole[short, cut]]))
 
 
 def test_equal_seeds_give_equal_bits():
     first, second, other = (sampled(generator(), seed) for seed in (5, 5, 6))
-    assert all(torch.equal(a, b) for a, b in zip(first[:4], second[:4], strict=True)) and first.texts == second.texts
+    assert all(torch.equal(a, b) for a, b in zip(first[:5], second[:5], strict=True)) and first.texts == second.texts
     assert first.texts != other.texts
 
 

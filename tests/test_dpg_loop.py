@@ -23,6 +23,7 @@ from dpg.generator import Generator
 from dpg.grpo import GrpoConfig
 from dpg.loop import Checkpoint, Validation, train, write
 from dpg.metrics import WeightPattern
+from dpg.policy import Policy
 from dpg.reward import MetagradReward
 
 PATTERN = WeightPattern(torch.tensor([[1.0, -1.0, 1.0], [-1.0, 1.0, 1.0]]))
@@ -210,6 +211,21 @@ def test_the_first_steps_are_those_of_a_loop(monkeypatch, kl_coefficient):
         optimizer.step()
     # Adam divides by |g| + 1e-8: where g is zero but for rounding (1e-17) the update may differ by lr · 1e-9.
     assert largest_difference(trained, parameters(chosen.model)) <= 1e-9
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 3])
+def test_what_another_type_sampled_is_compared_with_the_policy_itself(microbatch_size):
+    """Half-precision log-probabilities would make ratios of rounding; with any put in their place nothing changes."""
+    trained = []
+    for shift in (0.0, 5.0):
+        chosen = generator(sampling_dtype=torch.bfloat16)
+        policy = Policy.of(chosen, replace(CONFIG, kl_coefficient=0.1, microbatch_size=microbatch_size))
+        torch.manual_seed(4)
+        rollouts = chosen.sample(PROMPTS[:4], group_size=2)
+        policy.improve(rollouts._replace(log_probs=rollouts.log_probs + shift), torch.linspace(-1, 1, 8), 0.02)
+        trained.append(parameters(chosen.model))
+    assert same_bits(*trained)
+    assert largest_difference(trained[0], parameters(generator().model)) > 1e-3
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 3, 8])

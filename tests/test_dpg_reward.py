@@ -129,6 +129,17 @@ def test_micro_batches_change_no_reward(microbatch_size, num_steps):
     torch.testing.assert_close(cut(TEXTS), whole(TEXTS), rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("together", [1, 2, 3, 100])
+@pytest.mark.parametrize("num_steps", [1, 3])
+def test_texts_in_one_forward_pass_change_no_reward(together, num_steps, monkeypatch):
+    chosen = target(OPTIMIZERS["adamw"], inner_batch_size={1: 7, 3: 3}[num_steps])
+    wanted = MetagradReward(chosen, PATTERN).score(TEXTS)
+    monkeypatch.setattr("dpg.target.TEXTS_TOGETHER", together)
+    scores = MetagradReward(chosen, PATTERN).score(TEXTS)
+    torch.testing.assert_close(scores.rewards, wanted.rewards, rtol=1e-9, atol=1e-15)
+    assert scores.phi == pytest.approx(wanted.phi, rel=1e-12)
+
+
 @pytest.mark.parametrize("schedule", [mg.EveryStep(), mg.Binomial(slots=1)])
 def test_schedules_change_no_bit(schedule):
     chosen = target(OPTIMIZERS["adamw"], inner_batch_size=2)

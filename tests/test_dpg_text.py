@@ -61,7 +61,8 @@ def test_every_text_is_in_one_batch_under_its_own_index(texts, size, seed):
     assert [len(batch["index"]) for batch in batches[:-1]] == [size] * (len(batches) - 1)
     assert sorted(i for batch in batches for i in batch["index"].tolist()) == list(range(len(texts)))
     for batch in batches:
-        assert int(batch["attention_mask"].sum(dim=1).max()) == batch["input_ids"].shape[1]
+        lengths = batch["attention_mask"].sum(dim=1).tolist()
+        assert lengths == sorted(lengths) and lengths[-1] == batch["input_ids"].shape[1]
         for row, i in enumerate(batch["index"].tolist()):
             wanted = [*ids_of(texts[i]), END][:6]
             assert batch["input_ids"][row][batch["attention_mask"][row].bool()].tolist() == wanted
