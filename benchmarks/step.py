@@ -35,6 +35,8 @@ OTHERS, KERNELS = "other operations of the model", "kernels of torch.compile"
 UPDATE, CHECKS, ENGINE = "update and its pullback", "checks", "Python, autograd's engine"
 GROUPS = [PRODUCTS, ATTENTION, OTHERS, KERNELS, UPDATE, CHECKS, ENGINE]
 
+COMPILED = r"CompiledFxGraph"
+CALLERS = rf"metagrad/|{COMPILED}"
 # The group of what was called, directly or not, from a function that fits; the first one counts.
 BY_CALLER = {
     r"metagrad/(_refusals|_witness)\.py|: (_check_finite|not_finite|_batch)$": CHECKS,
@@ -45,7 +47,7 @@ BY_NAME = {
     r"^aten::(mm|addmm|.*convolution.*)$": PRODUCTS,
     r"^aten::(bmm|baddbmm|.*scaled_dot_product.*|softmax|_safe_softmax|_softmax.*)$": ATTENTION,
     r"^aten::": OTHERS,
-    r"CompiledFxGraph": KERNELS,
+    COMPILED: KERNELS,
 }
 
 
@@ -110,11 +112,11 @@ def spent_in(step: Any) -> dict[str, dict[str, Spent]]:
 
 
 def _walked(events: Sequence[Any]) -> Iterator[tuple[Any, tuple[str, ...]]]:
-    """Every event, with the Python functions from which it was called, itself included if it is one."""
+    """Every event, with those of CALLERS from which it was called, itself included if it is one."""
     waiting: list[tuple[Any, tuple[str, ...]]] = [(event, ()) for event in events]
     while waiting:
         event, callers = waiting.pop()
-        callers = (*callers, event.name) if "metagrad/" in event.name else callers
+        callers = (*callers, event.name) if re.search(CALLERS, event.name) else callers
         yield event, callers
         waiting += [(child, callers) for child in reversed(event.children)]
 
@@ -123,7 +125,9 @@ def _group(name: str, callers: Sequence[str]) -> str:
     for pattern, group in BY_CALLER.items():
         if any(re.search(pattern, caller) for caller in callers):
             return group
-    return next((group for pattern, group in BY_NAME.items() if re.search(pattern, name)), ENGINE)
+    # The calls of compiled kernels are no operations of torch.
+    rest = KERNELS if any(re.search(COMPILED, caller) for caller in callers) else ENGINE
+    return next((group for pattern, group in BY_NAME.items() if re.search(pattern, name)), rest)
 
 
 def show(groups: dict[str, dict[str, Spent]], whole: float) -> None:

@@ -1,6 +1,6 @@
 """Metagradients beside plain training and other libraries, by turns.
 
-    nox -s bench                    the usual cases
+    nox -s bench                    the usual cases, about twenty minutes on two cores that do nothing else
     nox -s bench -- --quick         four small ones
     nox -s bench -- --full          everything, for days
     nox -s bench -- --models mlp-2M --steps 32 --threads 1 --contenders bergson

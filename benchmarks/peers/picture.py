@@ -7,6 +7,7 @@ from statistics import median
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from benchmarks.peers.contenders import CONTENDERS, METRIC
 from benchmarks.peers.rounds import Comparison, Entry
@@ -38,6 +39,9 @@ def draw(comparisons: Sequence[Comparison], path: Path) -> None:
     memory.set_xlabel("peak memory above the start, MB")
     for axes in (times, memory):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(axis="x", which="both", alpha=0.3)
     figure.legend(loc="outside upper center", ncols=len(NAMES))
     figure.savefig(path, dpi=120)
