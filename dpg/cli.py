@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from dpg.process import collector_paused, keep_freed_memory
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -36,8 +38,10 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run an experiment; writes figures, pictures, texts and the trained generator into a folder."""
-    from dpg.preset import load, parse
-    from dpg.run import run as run_experiment
+    keep_freed_memory()
+    with collector_paused():
+        from dpg.preset import load, parse
+        from dpg.run import run as run_experiment
 
     options = {"seed": seed, "generator": generator, "target": target, "prompts": prompts, "function": metric}
     given = {key: value for key, value in options.items() if value is not None}

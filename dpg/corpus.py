@@ -14,6 +14,8 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from dpg.process import collector_paused
+
 MIN_WORDS = 5
 MAX_CHARACTERS = 240
 MAX_SENTENCES = 3
@@ -42,7 +44,8 @@ def passages(packages: Iterable[str] = ()) -> list[str]:
     """
     folders = [Path(sysconfig.get_path("stdlib")), *map(_package_folder, packages)]
     found = (passage for folder in folders for text in _documentation(folder) for passage in _split(text))
-    return list(dict.fromkeys(found))
+    with collector_paused():
+        return list(dict.fromkeys(found))
 
 
 def is_held_out(passage: str, one_in: int = 8) -> bool:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpg.build import Parts
+from dpg.loop import WRITTEN_AT_ONCE
 from dpg.settings import Settings
 
 FLOAT = 4
@@ -109,7 +110,8 @@ def _kept(parts: Parts, settings: Settings) -> int:
 
 
 def _sampling(model: PreTrainedModel, settings: Settings) -> int:
-    batch = settings.generation_batch_size or settings.prompts_per_step * settings.group_size
+    at_once = max(settings.prompts_per_step * settings.group_size, min(settings.validation_texts, WRITTEN_AT_ONCE))
+    batch = settings.generation_batch_size or at_once
     config = model.config
     all_heads = getattr(config, "num_attention_heads", 1)  # Not every architecture has attention.
     heads = getattr(config, "num_key_value_heads", None) or all_heads

@@ -1,7 +1,6 @@
 """The language model that writes the texts: batched sampling, and the log-probability of what it wrote."""
 
 from dataclasses import dataclass
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -121,12 +120,13 @@ class Generator:
     def _sample(self, rows: list[list[int]]) -> Rollouts:
         """One continuation of each row of tokens."""
         end, device, dtype = self.tokenizer.eos_token_id, self.model.device, self.sampling_dtype
-        copies = [(ids, len(list(same))) for ids, same in groupby(rows)]
+        prompts = list(dict.fromkeys(map(tuple, rows)))  # What several rows continue is read once.
         longest = max(map(len, rows))
-        padded = torch.tensor([[end] * (longest - len(ids)) + ids for ids, _ in copies], device=device)
-        lengths = torch.tensor([[len(ids)] for ids, _ in copies], device=device)
+        padded = torch.tensor([[end] * (longest - len(ids)) + [*ids] for ids in prompts], device=device)
+        lengths = torch.tensor([[len(ids)] for ids in prompts], device=device)
         mask = torch.arange(longest, device=device) >= longest - lengths
-        owners = torch.repeat_interleave(torch.tensor([count for _, count in copies])).to(device)
+        places = {ids: place for place, ids in enumerate(prompts)}
+        owners = torch.tensor([places[tuple(ids)] for ids in rows], device=device)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             written, log_probs = draw(
                 self.model,
@@ -140,7 +140,8 @@ class Generator:
         ended = (written == end).long()
         alive = ended.cumsum(dim=1) - ended == 0  # Up to and including the first end token.
         texts = self.tokenizer.batch_decode(
-            [ids[keep] for ids, keep in zip(written, alive, strict=True)], skip_special_tokens=True
+            [ids[:length] for ids, length in zip(written.tolist(), alive.sum(dim=1).tolist(), strict=True)],
+            skip_special_tokens=True,
         )
         return Rollouts(padded[owners], mask[owners], written, alive, log_probs, texts)
 

@@ -4,6 +4,7 @@ Differences from the authors' code: rewards are the exact dΦ/dw, rescaled by th
 that cannot be computed stops the run; the target's end tokens are trained and its padding never is.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,9 @@ from dpg.judge import Judge
 from dpg.policy import Policy
 from dpg.records import Checkpoint, Record
 from dpg.reward import Reward
+
+WRITTEN_AT_ONCE = 512
+"""Texts that `write` asks a generator for at a time."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,11 @@ def validate(
         return judge.trial(texts), texts
 
 
-def write(generator: Generator, prompts: list[str], num_texts: int, batch_size: int = 256) -> list[str]:
+def write(generator: Generator, prompts: list[str], num_texts: int, batch_size: int = WRITTEN_AT_ONCE) -> list[str]:
     """`num_texts` texts, one each to prompts drawn from `prompts`, again and again if there are too few."""
-    texts: list[str] = []
-    while len(texts) < num_texts:
-        order = torch.randperm(len(prompts))[: min(batch_size, num_texts - len(texts))]
-        texts += generator.sample([prompts[i] for i in order.tolist()]).texts
-    return texts
+    rounds = [torch.randperm(len(prompts)) for _ in range(math.ceil(num_texts / len(prompts)))]
+    parts = torch.cat(rounds)[:num_texts].split(batch_size)
+    return [text for part in parts for text in generator.sample([prompts[i] for i in part.tolist()]).texts]
 
 
 def _devices(generator: Generator) -> list[int]:

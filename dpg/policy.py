@@ -1,10 +1,11 @@
 """The generator as it learns: one step of policy optimization, and what a checkpoint of it holds."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 import metagrad as mg
@@ -40,16 +41,22 @@ class Policy:
         config, kls = self.config, []
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if self.generator.sampling_dtype is not None:  # A ratio compares what is trained with itself.
-            rollouts = rollouts._replace(log_probs=self._log_probs(rollouts))
         lengths = rollouts.token_mask.sum(dim=1).cpu()
-        for chosen in torch.randperm(len(advantages)).chunk(config.updates_per_step):
+        updates = torch.randperm(len(lengths)).chunk(config.updates_per_step)
+        size = config.microbatch_size or len(updates[0])
+        by_length = lengths.argsort(stable=True).split(size)
+        if self.generator.sampling_dtype is not None:  # A ratio compares what is trained with itself.
+            rollouts = rollouts._replace(log_probs=_log_probs(self.generator, rollouts, by_length))
+        start = None if self.reference is None else _log_probs(self.reference, rollouts, by_length)
+        for chosen in updates:
             self.optimizer.zero_grad()
             num_tokens, kl_of_update = lengths[chosen].sum(), 0.0
             # Texts of like lengths together: less padding.
             in_order = chosen[lengths[chosen].argsort(stable=True)]
-            for places in in_order.split(config.microbatch_size or len(chosen)):
-                loss, kl = self._loss(rollouts.rows(places), advantages[places])
+            for places in in_order.split(size):
+                part = rollouts.rows(places)
+                kept = None if start is None else start[places, : part.token_ids.shape[1]]
+                loss, kl = self._loss(part, kept, advantages[places])
                 share = lengths[places].sum() / num_tokens  # Losses are means over tokens.
                 (share * loss).backward()
                 kl_of_update += float(share * kl)
@@ -64,30 +71,26 @@ class Policy:
         return sum(kls) / len(kls)
 
     def _loss(
-        self, part: Rollouts, advantages: Float[Tensor, " rollouts"]
+        self,
+        part: Rollouts,
+        start: Float[Tensor, "rollouts tokens"] | None,
+        advantages: Float[Tensor, " rollouts"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The mean over the tokens of `part` of what is minimised, and of the KL to the reference."""
+        """The mean over the tokens of `part` of what is minimised, and of the KL to the reference.
+
+        Args:
+            start: the reference's log-probabilities; None without a KL penalty.
+        """
         config, kl = self.config, torch.zeros(())
         logits = self.generator.logits(part)
         log_probs = token_log_probs(logits, part.token_ids)
         loss = policy_loss(log_probs, part.log_probs, advantages, part.token_mask, config.clip_range)
-        if self.reference is not None:
-            with torch.no_grad():
-                start = self.reference.log_probs(part)
+        if start is not None:
             kl = kl_estimate(log_probs, start, part.token_mask)
             loss = loss + config.kl_coefficient * kl
         if config.entropy_coefficient > 0:
             loss = loss - config.entropy_coefficient * mean_entropy(logits, part.token_mask)
         return loss, kl.detach()
-
-    @torch.no_grad()
-    def _log_probs(self, rollouts: Rollouts) -> Float[Tensor, "rollouts tokens"]:
-        """log π of every written token in the generator's own precision, some rollouts at a time."""
-        found = torch.zeros_like(rollouts.log_probs, dtype=self.generator.model.dtype)
-        for places in torch.arange(len(found)).split(self.config.microbatch_size or len(found)):
-            part = rollouts.rows(places)
-            found[places, : part.token_ids.shape[1]] = self.generator.log_probs(part)
-        return found
 
     def checkpoint(self, step: int) -> Checkpoint:
         """What `restore` needs to go on after `step`; a copy, which further training leaves alone."""
@@ -103,3 +106,15 @@ class Policy:
         torch.set_rng_state(checkpoint.rng)
         if checkpoint.device_rng is not None:
             torch.cuda.set_rng_state(checkpoint.device_rng, self.generator.model.device)
+
+
+@torch.no_grad()
+def _log_probs(
+    generator: Generator, rollouts: Rollouts, parts: Sequence[Int[Tensor, " part"]]
+) -> Float[Tensor, "rollouts tokens"]:
+    """log π of every written token in the generator's own precision, one part of the rollouts at a time."""
+    found = torch.zeros_like(rollouts.log_probs, dtype=generator.model.dtype)
+    for places in parts:
+        part = rollouts.rows(places)
+        found[places, : part.token_ids.shape[1]] = generator.log_probs(part)
+    return found

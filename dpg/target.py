@@ -17,7 +17,7 @@ import metagrad as mg
 from dpg.metrics import Params, head
 from dpg.text import Batch, encode, example_losses, rows
 
-TEXTS_TOGETHER = 32
+TEXTS_TOGETHER = 64
 """Texts in one forward pass, sorted by length: less padding, and tensors that a processor's cache holds."""
 
 

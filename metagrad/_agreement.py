@@ -1,5 +1,6 @@
 """Whether two ways to compute a derivative agree, for ways that are faster than they are safe."""
 
+import math
 import warnings
 
 import torch
@@ -8,23 +9,24 @@ from metagrad._tree import floating_leaves
 from metagrad._types import Tree
 
 
-def disagreement(found: Tree, expected: Tree) -> str | None:
+def disagreement(found: Tree, expected: Tree, precision: float = 1e-10) -> str | None:
     """In words how far `found` is from `expected`, where that is more than rounding; None where they agree.
 
-    Tensor by tensor, in norm. The tolerance is the square root of the tensors' precision ε, but not below 1e-5, for
-    models in float64 do parts of their work in float32: far above rounding, far below a missing term. A tensor that is
-    smaller than that share of the largest one is compared with it: it may be nothing but rounding, as the gradient of a
-    bias that a softmax or a norm cancels.
+    Tensor by tensor, in norm. The tolerance is √ε: far above rounding, far below a missing term. A tensor that is
+    nothing but rounding, as the gradient of a bias that a softmax or a norm cancels, is compared with all of them. What
+    is not finite is no disagreement: the replay reports it, by name.
+
+    Args:
+        precision: the least ε; by default what a model in float64 needs that does parts of its work in float32.
     """
     right = floating_leaves(expected)
-    tolerance = max([1e-10, *(torch.finfo(leaf.dtype).eps for leaf in right)]) ** 0.5
+    precision = max([precision, *(torch.finfo(leaf.dtype).eps for leaf in right)])
     sizes = [float(torch.linalg.vector_norm(leaf.detach())) for leaf in right]
-    floor = tolerance * max(sizes, default=0.0)
+    floor = precision**0.75 * math.hypot(*sizes)
     for number, (a, b, size) in enumerate(zip(floating_leaves(found), right, sizes, strict=True)):
         gap = float(torch.linalg.vector_norm((a - b).detach()))
-        # What is not finite is no disagreement: the replay reports it, by name.
-        if gap > tolerance * max(size, floor):
-            return f"it differs by {gap / max(size, floor):.1e} of its size in tensor {number}"
+        if gap > precision**0.5 * size + floor:
+            return f"it differs by {gap / (size + floor):.1e} of its size in tensor {number}"
     return None
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from metagrad._agreement import disagreement
 from metagrad._buffers import refuse_unseen_changes
-from metagrad._derivatives import Cotangents, Derivatives, Pulled, gradient_at
+from metagrad._derivatives import Derivatives, gradient_at
 from metagrad._evaluation import Evaluation, Point
 from metagrad._forward import Contribution
 from metagrad._loss import cut, refuse_non_finite_losses
+from metagrad._modes import Cotangents, Pulled
 from metagrad._random import drawing
 from metagrad._refusals import refuse_non_finite_gradient
 from metagrad._reverse import nonzero

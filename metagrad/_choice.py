@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from metagrad._agreement import disagreement
 from metagrad._modes import MODES, REFERENCE, Cotangents, Evaluate, Inputs, Mode, Pulled
 from metagrad._tree import floating_leaves, joined
 from metagrad._types import Params, Scalar, Tree
@@ -74,27 +75,15 @@ def _tried(
             continue
         if not _finite(results[name]) or not _finite(reference):
             rejected[name] = "what it gives is not finite, and cannot be compared"
-        elif not agrees(results[name], reference, types.precision):
+        elif not _agree(results[name], reference, types.precision):
             rejected[name] = WRONG
     return results, rejected
 
 
-def agrees(found: Sequence[Pulled], expected: Sequence[Pulled], precision: float = 0.0) -> bool:
-    """Whether all tensors are equal but for rounding, each in norm; False also where one is not finite.
-
-    The tolerance is √ε of the coarsest type, at least of `precision`: far above rounding, far below a missing term. A
-    tensor that is nothing but rounding, such as the derivative by a bias that a softmax cancels, is compared with the
-    others of its group.
-    """
-    precision = max([precision, *(torch.finfo(x.dtype).eps for each in expected for x in joined(each))])
+def _agree(found: Sequence[Pulled], expected: Sequence[Pulled], precision: float) -> bool:
+    """Whether all are equal but for rounding: cotangents of the parameters, of buffers and of the metaparameters."""
     groups = [pair for a, b in zip(found, expected, strict=True) for pair in zip(a, b, strict=True)]
-    for left, right in groups:
-        sizes = [float(torch.linalg.vector_norm(x)) for x in right]
-        gaps = [float(torch.linalg.vector_norm(x - y)) for x, y in zip(left, right, strict=True)]
-        floor = precision**0.75 * sum(size**2 for size in sizes) ** 0.5
-        if not all(gap <= precision**0.5 * size + floor for gap, size in zip(gaps, sizes, strict=True)):
-            return False
-    return True
+    return all(disagreement(left, right, precision) is None for left, right in groups)
 
 
 def _finite(pulled: Sequence[Pulled]) -> bool:

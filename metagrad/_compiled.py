@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metagrad._agreement import disagreement, reason_of, warn_uncompiled
-from metagrad._derivatives import Cotangents, Gradient, Pulled, ReverseOverReverse, gradient_at, pulled_at
+from metagrad._derivatives import Gradient, ReverseOverReverse, gradient_at, pulled_at
 from metagrad._evaluation import Evaluation, Point
+from metagrad._modes import Cotangents, Pulled
 from metagrad._random import cuda_devices, generator_states
 from metagrad._tree import describe, detached, tensor_leaves
 from metagrad._types import Tree

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from metagrad._buffers import DifferentiableStatistics, copies_of, refuse_unseen_changes
 from metagrad._random import drawing, seeded
 from metagrad._refusals import refuse_changes_in_place, refuse_other_structure, refuse_unknown_leaves, refuse_unreadable
+from metagrad._repairs import Repaired
 from metagrad._reverse import pull_gradient
 from metagrad._tree import (
     describe,
@@ -134,7 +135,7 @@ def as_linear(step: Step) -> LinearStep:
 @contextmanager
 def _differentiable_twice() -> Iterator[None]:
     """Gradients on, kernels that can be differentiated twice, and no gradient that forgets its graph."""
-    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), DifferentiableStatistics(), _WholeGraphs():
+    with sdpa_kernel(SDPBackend.MATH), torch.enable_grad(), DifferentiableStatistics(), _WholeGraphs(), Repaired():
         yield
 
 

@@ -1,7 +1,6 @@
 """The gradient of one micro-batch's loss, and the way back through it: eq. 1, 5 and 6 of docs/theory.md."""
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -9,17 +8,9 @@ from torch import Tensor
 from metagrad._buffers import refuse_unseen_changes
 from metagrad._evaluation import Evaluation, Point
 from metagrad._loss import loss_gradient
-from metagrad._reverse import pull_gradient
-from metagrad._tree import detached, floating_leaves, fresh, grouped, joined
-from metagrad._types import Params
-
-
-class Pulled(NamedTuple):
-    """Cotangents of what a gradient was computed from; `params` is empty unless asked for."""
-
-    params: list[Tensor]
-    buffers: list[Tensor]
-    meta: list[Tensor]
+from metagrad._modes import Cotangents, Evaluate, Inputs, Pulled, reverse_over_reverse
+from metagrad._tree import detached, fresh
+from metagrad._types import Params, Scalar, Tree
 
 
 class Gradient(NamedTuple):
@@ -28,10 +19,6 @@ class Gradient(NamedTuple):
     gradient: list[Tensor]
     losses: Tensor
     buffers: Params
-
-
-Cotangents: TypeAlias = Sequence[Sequence[Tensor | None]]
-"""For each metric one cotangent for each tensor; None stands for zeros."""
 
 
 class Derivatives(Protocol):
@@ -83,10 +70,14 @@ def gradient_at(evaluate: Evaluation, at: Point, keep_graph: bool = False) -> Gr
 
 def pulled_at(evaluate: Evaluation, at: Point, gammas: Cotangents, ends: Cotangents, wrt_params: bool) -> list[Pulled]:
     """Reverse mode over reverse mode from fresh leaves."""
-    at = at._replace(params=fresh(at.params), buffers=fresh(at.buffers), meta=fresh(at.meta))
-    params = floating_leaves(at.params) if wrt_params else []
-    groups = (params, floating_leaves(at.buffers), floating_leaves(at.meta))
-    gradient, _, after = gradient_at(evaluate, at, keep_graph=True)
-    given = [[*gamma, *end] for gamma, end in zip(gammas, ends, strict=True)]
-    pulled = pull_gradient([*gradient, *floating_leaves(after)], joined(groups), given)
-    return [Pulled(*grouped(each, groups)) for each in pulled]
+    return reverse_over_reverse(*function_at(evaluate, at), gammas, ends, wrt_params)
+
+
+def function_at(evaluate: Evaluation, at: Point) -> tuple[Evaluate, Inputs]:
+    """A micro-batch's share as a function of what is differentiated, and where."""
+
+    def share(params: Params, buffers: Params, meta: Tree) -> tuple[Scalar, Params]:
+        found, _, after = evaluate(Point(params, buffers, at.batch, meta))
+        return found, after
+
+    return share, Inputs(at.params, at.buffers, at.meta)

@@ -70,9 +70,11 @@ def _pulled(rule: Rule, at: Values, given: Given, cotangent: Made, wanted: Wante
     gradient, params = floating_leaves(given.gradient), floating_leaves(given.params)
     groups = [gradient] * (len(given.state) - 1)
     memory = grouped(floating_leaves(given.state), groups)
-    ends = [[leaf.contiguous() for leaf in each] for each in grouped(floating_leaves(cotangent.state), groups)]
-    # As before the last step, after which nothing reads the memory.
-    some = [leaf for leaf in nonzero(joined(ends)) if leaf is not None]
+    ends = grouped(floating_leaves(cotangent.state), groups)
+    # None before the last step, after which nothing reads the memory.
+    some = any(leaf is not None for leaf in nonzero(joined(ends)))
+    if some or wanted.state:
+        ends = [[leaf.contiguous() for leaf in each] for each in ends]
     leaves = [gradient, params, floating_leaves(cotangent.updates), *memory, *(ends if some else [])]
     to_gradient = _like(gradient)
     to_params: list[Tensor] | None = None

@@ -154,5 +154,7 @@ def evaluate(metric: Metric, state: State) -> Term:
 
 def _term(metric: Metric, state: State) -> Term:
     phi, leaves = checked_value(metric, state)
-    gradient = torch.autograd.grad(phi, leaves, allow_unused=True, materialize_grads=True)
-    return Term(phi.detach(), list(gradient))
+    gradient = torch.autograd.grad(phi, leaves, allow_unused=True)
+    # Most metrics do not read the optimizer's state: zeros for it that take no memory.
+    filled = [x.new_zeros(()).expand_as(x) if g is None else g for g, x in zip(gradient, leaves, strict=True)]
+    return Term(phi.detach(), filled)

@@ -15,13 +15,12 @@ from torch import Tensor
 from metagrad._composites import Composites
 from metagrad._jets import JETS
 from metagrad._loss import loss_gradient
-from metagrad._repairs import Repaired
 from metagrad._reverse import pull_gradient
 from metagrad._tree import detached, floating_leaves, fresh, grouped, joined
 from metagrad._types import Params, Scalar, Tree
 
 Evaluate: TypeAlias = Callable[[Params, Params, Tree], tuple[Scalar, Params]]
-"""From parameters, buffers and metaparameters to a loss and the buffers after it; the same at each call."""
+"""From parameters, buffers and metaparameters to a loss and the buffers after it: the same at each call, `Repaired`."""
 
 Cotangents: TypeAlias = Sequence[Sequence[Tensor | None]]
 """For each metric one cotangent for each tensor; None stands for zeros."""
@@ -59,8 +58,7 @@ def reverse_over_reverse(
     with torch.enable_grad():
         # Views: the gradient is that at given buffers, which may themselves depend on the parameters.
         own = {name: value.view_as(value) for name, value in at.params.items()}
-        with Repaired():
-            loss, after = evaluate(own, at.buffers, at.meta)
+        loss, after = evaluate(own, at.buffers, at.meta)
         outputs = [*loss_gradient(loss, own, keep_graph=True), *floating_leaves(after)]
     given = [[*gamma, *end] for gamma, end in zip(gammas, ends, strict=True)]
     return [Pulled(*grouped(each, groups)) for each in pull_gradient(outputs, joined(groups), given)]

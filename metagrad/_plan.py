@@ -1,5 +1,6 @@
 """What a schedule says: actions on states, one after another, and what they cost. Integers only."""
 
+from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
 
@@ -49,11 +50,23 @@ class Cost(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to do before the last metric is known, and after; `kept` states are there at the start."""
+    """What to do before the last metric is known, and after.
+
+    Attributes:
+        kept: states that are there at the start.
+        num_graphs: steps at the end of the run that are always run with their graphs.
+    """
 
     forward: list[Action]
     reverse: list[Action]
     kept: int = 0
+    num_graphs: int = 1
+
+    @property
+    def reversed_at_once(self) -> set[int]:
+        """The steps that are reversed before any other is run again: their graphs may be kept until then."""
+        steps = takewhile(lambda action: not isinstance(action, Run), self.reverse)
+        return {action.step for action in steps if isinstance(action, Reverse)}
 
     @property
     def cost(self) -> Cost:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from metagrad._batch import BatchLoss, Evaluated
-from metagrad._derivatives import Cotangents, Pulled
 from metagrad._forward import Contribution, pull_forward
+from metagrad._modes import Cotangents, Pulled
 from metagrad._refusals import MissingDerivativeError
 from metagrad._reverse import nonzero, pull_gradient
 from metagrad._transformation import Given, Made, Transformation

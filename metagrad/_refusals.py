@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import optree
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from metagrad._tree import describe, names, not_finite, tensor_leaves
 from metagrad._types import Batches, NonFiniteError, Params, Tree
@@ -120,16 +121,21 @@ def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:
     torch leaves the result of a backward marked @once_differentiable without a path to its inputs, and a missing path
     would be taken as a zero.
     """
-    seen = set()
+    # Such a node is an end of the graph; to ask every node for its name takes longer.
+    if any(not node.next_functions and node.name() == "torch::autograd::Error" for node in graph_of(outputs)):
+        raise MissingDerivativeError(
+            "the loss uses a function marked @once_differentiable, and a second derivative is needed. Write its "
+            "backward in differentiable operations, or replace the function."
+        )
+
+
+def graph_of(outputs: Sequence[Tensor]) -> set[Node]:
+    """What autograd would go through from `outputs`."""
     waiting = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    seen = set(waiting)
     while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "torch::autograd::Error":
-            raise MissingDerivativeError(
-                "the loss uses a function marked @once_differentiable, and a second derivative is needed. Write its "
-                "backward in differentiable operations, or replace the function."
-            )
-        waiting.extend(following for following, _ in node.next_functions if following is not None)
+        for node, _ in waiting.pop().next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
+    return seen

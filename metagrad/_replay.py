@@ -63,7 +63,7 @@ class Replay:
     Attributes:
         wrt_params: whether the initial state is to have a gradient.
         witness: sees every state; None where no step is run twice.
-        last_pull: the last step's pullback, made by the forward run where the plan keeps the state it belongs to.
+        pulls: pullbacks of the last steps, made by the forward run, of those that are reversed without being run again.
         evaluations: plain step evaluations so far.
         reversals: steps reversed so far.
         unsaved: a state that is to be kept once its step has been evaluated, with what that found worth keeping.
@@ -80,7 +80,7 @@ class Replay:
     progress: bool
     witness: Witness | None
     journal: Journal | None = None
-    last_pull: Pull | None = field(default=None, init=False)
+    pulls: dict[int, Pull] = field(default_factory=dict, init=False)
     evaluations: int = field(default=0, init=False)
     reversals: int = field(default=0, init=False)
     unsaved: State | None = field(default=None, init=False)
@@ -134,7 +134,7 @@ class Replay:
     def _pulled(self, state: State, done: Progress, terms: Terms) -> Progress:
         """One step further back: through the step that `state` is before, and with the metrics' terms at `state`."""
         assert done.carried is not None
-        pull, self.last_pull = self.last_pull or self._linearize(state)[1], None
+        pull = self.pulls.pop(state.step, None) or self._linearize(state)[1]
         pulled = pull(done.carried)
         for each in pulled:
             _check_finite(state, self.meta, each)
@@ -172,14 +172,13 @@ class Replay:
 
     def _advance(self, state: State) -> State:
         """One step forward; a state to be saved is saved with what this, its own step, finds worth keeping."""
-        if state.step == len(self.batches) - 1:
-            # Under every schedule, since a gradient with a graph may differ from one without in its last bit; used
-            # again where this very step is reversed next.
+        if state.step >= len(self.batches) - self.plan.num_graphs:
+            # The last one under every schedule, since a gradient with a graph may differ from one without in its last
+            # bit; used again where this very step is reversed before another is run.
             after, pull = self._linearize(state)
-            new = after()
-            first = self.plan.reverse[0]
-            self.last_pull = pull if isinstance(first, Load) and first.step == state.step else None
-            extra = None
+            new, extra = after(), None
+            if state.step in self.plan.reversed_at_once:
+                self.pulls[state.step] = pull
         else:
             # No graph between steps: each step is differentiated by its own pullback.
             with torch.no_grad():

@@ -16,6 +16,9 @@ from metagrad._plan import Action, Cost, Drop, Load, Plan, Reverse, Run, Save
 class Schedule(ABC):
     """When to keep which state. Changes the cost of a metagradient, never its numbers."""
 
+    num_graphs = 1
+    """Steps at the end of the run whose graphs are kept until they are reversed."""
+
     @abstractmethod
     def reversal(self, start: int, stop: int, kept: int) -> Iterator[Action]:
         """Reverse steps start … stop − 1, last to first: `state_start` is in hand, and kept as the last of `kept`."""
@@ -24,7 +27,7 @@ class Schedule(ABC):
         """The actions that run `num_steps` steps and then reverse each once, last to first."""
         actions = [self.first(), *self.reversal(0, num_steps + 1, kept=1), Drop(0)]
         end = _metric_in(actions)
-        return Plan(actions[:end], actions[end + 1 :])
+        return Plan(actions[:end], actions[end + 1 :], num_graphs=self.num_graphs)
 
     def first(self) -> Save:
         """How the initial state is kept."""
@@ -44,9 +47,9 @@ class Schedule(ABC):
                 stop = start
             actions.append(Drop(start))
         if reversed_to is not None:
-            return Plan([], actions, len(kept))
+            return Plan([], actions, len(kept), self.num_graphs)
         end = _metric_in(actions)
-        return Plan(actions[:end], actions[end + 1 :], len(kept))
+        return Plan(actions[:end], actions[end + 1 :], len(kept), self.num_graphs)
 
     def thinned(self, kept: Sequence[int], stop: int) -> list[int]:
         """Those of the `kept` states, ascending from 0, with which to go on reversing the steps before `stop`."""
@@ -83,7 +86,19 @@ class Binomial(Schedule):
 
 @dataclass(frozen=True)
 class EveryStep(Schedule):
-    """Every state kept: no replay, memory proportional to the number of steps."""
+    """Every state kept: no replay, memory proportional to the number of steps.
+
+    Args:
+        num_graphs: steps at the end of the run whose graphs are kept from the forward run until they are reversed; at
+            least 1, for the last step's always is. 9 forward passes for each of them instead of 12, in the memory of an
+            unrolled run. For steps of one micro-batch that are neither compiled nor have a `curvature`; others keep no
+            graph. A gradient with a graph may differ from one without by rounding, so this is part of a run's numbers.
+    """
+
+    num_graphs: int = 1
+
+    def __post_init__(self) -> None:
+        refuse_count("num_graphs", self.num_graphs, 1, "the last step's graph is always kept")
 
     def reversal(self, start: int, stop: int, kept: int) -> Iterator[Action]:
         return binomial(start, stop, stop - start)

@@ -98,6 +98,32 @@ def test_the_fastest_is_one_of_them(name):
     assert result.stats.curvature in ("reverse-over-reverse", *FAST)
 
 
+def later(cube, curvature):
+    """The same, where only the first step of three goes through `cube`: it is the last one that is reversed."""
+    metric, _, params, batches, meta = arguments(cube)
+    loss = mg.weighted(lambda p, b: torch.tanh((cube if b["first"] else lambda x: x**3)(b["x"] @ p["w"])))
+    step = mg.TrainStep(loss, OPTIMIZERS["adam"], curvature=curvature)
+    return metric, step, params, [{**batch, "first": t == 0} for t, batch in enumerate(batches)], meta
+
+
+@pytest.mark.parametrize("curvature", FAST)
+def test_an_operation_that_is_met_later_is_proved_too(curvature):
+    with pytest.warns(UserWarning, match="another derivative of this loss than reverse-over-reverse") as caught:
+        result = mg.metagradient(*later(Planted.apply, curvature), wrt_params=True)
+    assert len([warning for warning in caught if "another derivative" in str(warning.message)]) == 1
+    assert_agree(result, exact(), rtol=1e-12)
+
+
+def test_an_operation_without_a_formula_that_is_met_later_takes_the_exact_way():
+    assert_agree(mg.metagradient(*later(Unknown.apply, "auto"), wrt_params=True), exact(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("curvature", FAST)
+def test_an_operation_without_a_formula_that_is_met_later_is_an_error(curvature):
+    with pytest.raises(RuntimeError, match=f"{curvature} cannot differentiate this loss"):
+        mg.metagradient(*later(Unknown.apply, curvature), wrt_params=True)
+
+
 def test_several_metrics_share_a_choice():
     metric, *others = arguments(lambda x: x**3, curvature="reverse-over-forward")
     both = mg.metagradient([metric, lambda state: state.params["w"].sum()], *others, wrt_params=True)

@@ -2,7 +2,7 @@
 
 import optree
 import pytest
-from agreement import assert_same_bits
+from agreement import assert_agree, assert_same_bits
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from optimizers import ALL_OPTIMIZERS, OPTIMIZERS
@@ -11,6 +11,7 @@ from problems import ODD_PROBLEMS, PROBLEMS
 import metagrad as mg
 
 ALL_PROBLEMS = {**PROBLEMS, **ODD_PROBLEMS}
+PROBLEM = PROBLEMS["mlp"](5)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
@@ -20,6 +21,38 @@ def test_every_schedule_gives_the_same_bits(name, num_steps):
     wanted = mg.metagradient(*arguments, schedule=mg.EveryStep(), wrt_params=True)
     for slots in (1, 2, 3, 4):
         assert_same_bits(mg.metagradient(*arguments, schedule=mg.Binomial(slots), wrt_params=True), wanted)
+
+
+@pytest.mark.parametrize("name", ALL_PROBLEMS)
+def test_kept_graphs_change_no_number_but_by_rounding(name):
+    arguments = ALL_PROBLEMS[name](5).arguments(OPTIMIZERS["adamw"], clip_norm=0.1)
+    wanted = mg.metagradient(*arguments, schedule=mg.EveryStep(), wrt_params=True)
+    for num_graphs in (2, 5, 9):
+        found = mg.metagradient(*arguments, schedule=mg.EveryStep(num_graphs), wrt_params=True)
+        assert_agree(found, wanted, rtol=1e-11)
+        assert found.stats[:3] == wanted.stats[:3]
+
+
+def test_a_kept_graph_is_not_made_again():
+    """Each batch of a step that keeps its graph is used for one gradient: one call of the loss."""
+    calls = []
+
+    def loss(params, batch, meta):
+        calls.append(batch["number"])
+        return PROBLEM.loss(params, batch["own"])
+
+    for num_graphs, expected in [(1, [2, 2, 2, 2, 1]), (3, [2, 2, 1, 1, 1])]:
+        calls.clear()
+        batches = [{"number": t, "own": batch} for t, batch in enumerate(PROBLEM.batches)]
+        step = mg.TrainStep(loss, OPTIMIZERS["adam"])
+        given = PROBLEM.metric, step, PROBLEM.params, batches, {}
+        mg.metagradient(*given, schedule=mg.EveryStep(num_graphs), wrt_params=True)
+        assert [calls.count(t) for t in range(5)] == expected
+
+
+def test_no_number_of_graphs_below_one():
+    with pytest.raises(ValueError, match="`num_graphs` is 0"):
+        mg.EveryStep(num_graphs=0)
 
 
 @settings(max_examples=15, phases=[Phase.explicit, Phase.generate])

@@ -11,7 +11,8 @@ from torch.nn.functional import grid_sample
 
 import metagrad as mg
 from metagrad import _choice
-from metagrad._choice import AUTO, agrees, choose
+from metagrad._agreement import disagreement
+from metagrad._choice import AUTO, choose
 from metagrad._evaluation import Evaluation, Point
 from metagrad._modes import MODES, REFERENCE, Inputs, Pulled
 from metagrad._tree import floating_leaves, joined, with_floating_leaves
@@ -276,30 +277,32 @@ def test_another_name_is_refused():
 # Agreement.
 
 
-def pulled(*params: torch.Tensor, meta: torch.Tensor) -> list[Pulled]:
-    return [Pulled(list(params), [], [meta])]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_agreement_is_judged_tensor_by_tensor(dtype):
-    """A wrong tensor is seen beside one that is 2000 times as large, and cotangents of meta beside the parameters'."""
+    """A wrong tensor is seen beside one that is 2000 times as large."""
     rounding = 50 * torch.finfo(dtype).eps
-    large, small, meta = (torch.full((5,), value, dtype=dtype) for value in (1e3, 0.5, 1e-3))
-    expected = pulled(large, small, meta=meta)
-    assert agrees(pulled(large * (1 + rounding), small * (1 - rounding), meta=meta * (1 + rounding)), expected)
-    assert not agrees(pulled(large, small * 1.1, meta=meta), expected)
-    assert not agrees(pulled(large * 1.01, small, meta=meta), expected)
-    assert not agrees(pulled(large, small, meta=meta * 1.01), expected)
+    large, small = (torch.full((5,), value, dtype=dtype) for value in (1e3, 0.5))
+    assert disagreement([large * (1 + rounding), small * (1 - rounding)], [large, small], 0.0) is None
+    assert "tensor 1" in disagreement([large, small * 1.1], [large, small], 0.0)
+    assert "tensor 0" in disagreement([large * 1.01, small], [large, small], 0.0)
+
+
+@pytest.mark.parametrize("mode", FAST)
+def test_metaparameters_are_judged_beside_the_parameters(mode, monkeypatch):
+    """Their cotangents are 1e-9 of the parameters' here, and wrong."""
+
+    def loss(params, _, meta):
+        return 1e9 * params["x"].pow(3).sum() + (params["x"] * meta["w"]).sum(), {}
+
+    def wrong(*given):
+        return [each._replace(meta=[1.01 * leaf for leaf in each.meta]) for each in MODES[mode](*given)]
+
+    monkeypatch.setattr(_choice, "MODES", {**MODES, mode: wrong})
+    with pytest.warns(UserWarning, match="gives another derivative"):
+        assert choose(mode, loss, AT, GAMMAS, [[]], True)[0].mode == REFERENCE
 
 
 def test_rounding_in_the_place_of_zero_agrees():
     """As of a bias that a softmax cancels: nothing in it is right but its size."""
     noise = 1e-15 * torch.tensor([1.0, -2.0])
-    found, expected = (pulled(torch.ones(5), sign * noise, meta=torch.ones(1)) for sign in (1, -1))
-    assert agrees(found, expected)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_does_not_agree(value):
-    expected = pulled(torch.tensor([1.0, value]), meta=torch.ones(1))
-    assert not agrees(expected, expected)
+    assert disagreement([torch.ones(5), noise], [torch.ones(5), -noise], 0.0) is None

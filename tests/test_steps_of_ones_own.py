@@ -118,8 +118,24 @@ def noisy() -> tuple[Any, ...]:
     return metric, step, step.net, list(drawn(4, 6, 3, seed=5)), {"scale": torch.tensor(1.3)}
 
 
+def normed() -> tuple[Any, ...]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 5)), nn.Tanh(), nn.Linear(5, 1))
+    step = HeavyBall(lambda params, batch: functional_call(net, params, batch["x"]).square().squeeze(1))
+    batches = [{"x": x, "index": torch.arange(6)} for x in drawn(3, 6, 3, seed=6)]
+    meta = {"weights": torch.ones(6), "momentum": torch.tensor(0.8)}
+    params = dict(net.named_parameters())
+    return lambda s: s.params["0.parametrizations.weight.original0"].square().sum(), step, params, batches, meta
+
+
 OWN = {build.__name__: build for build in (heavy_ball, duel, windows, noisy)}
 SCHEDULES = [mg.EveryStep(), mg.Binomial(1), mg.Binomial(2), mg.Tree(2)]
+
+
+def test_weight_norm_which_torch_differentiates_wrongly_is_right_in_it():
+    arguments = normed()
+    found = mg.metagradient(*arguments, wrt_params=True)
+    assert mg.check.finite_differences(*arguments, wrt_params=True).relative_error(found).max() <= 1e-6
 
 
 @pytest.mark.parametrize("name", OWN)

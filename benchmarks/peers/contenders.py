@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from benchmarks.peers.attempt import Contender
 from benchmarks.peers.magic import bergson_magic
-from benchmarks.peers.ours import ours, ours_auto, ours_compiled, ours_on_disk
+from benchmarks.peers.ours import ours, ours_auto, ours_compiled, ours_on_disk, ours_with_graphs
 from benchmarks.peers.plain import metric_alone, plain, plain_compiled
 from benchmarks.peers.unrolled import higher_unrolled, torchopt_unrolled
 
@@ -25,6 +25,7 @@ CONTENDERS = [
     Named(METRIC, metric_alone),
     Named(OURS, ours),
     Named("ours on disk", ours_on_disk),
+    Named("ours, graphs", ours_with_graphs),
     Named("ours auto", ours_auto),
     Named("ours compiled", ours_compiled, compiles=True),
     Named("bergson", bergson_magic),

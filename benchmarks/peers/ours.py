@@ -1,4 +1,4 @@
-"""This library: states in RAM, states on disk, the fastest curvature, and compiled."""
+"""This library: states in RAM, states on disk, graphs too, the fastest curvature, and compiled."""
 
 import warnings
 from collections.abc import Callable
@@ -20,6 +20,18 @@ def ours(task: Task, case: Case) -> Attempt:
 
 def ours_on_disk(task: Task, case: Case) -> Attempt:
     return _attempt(task, case, step_of(task, case), mg.DiskStore)
+
+
+def ours_with_graphs(task: Task, case: Case) -> Attempt:
+    """The graphs of all steps kept in RAM beside the states, as an unrolled run keeps them.
+
+    Raises:
+        ValueError: where the case keeps fewer states, or cuts batches, whose graphs are not kept.
+    """
+    if case.kept != "all" or case.num_pieces > 1:
+        raise ValueError("graphs are kept with all states, of whole batches")
+    schedule = mg.EveryStep(num_graphs=case.num_steps)
+    return _attempt(task, case, step_of(task, case), lambda folder: mg.RamStore(), schedule)
 
 
 def ours_auto(task: Task, case: Case) -> Attempt:
@@ -56,8 +68,14 @@ def compiled(step: mg.TrainStep) -> mg.TrainStep:
     return replace(step, compile=True)
 
 
-def _attempt(task: Task, case: Case, step: mg.TrainStep, store: Callable[[Path], mg.Store]) -> Attempt:
-    schedule = mg.EveryStep() if case.kept == "all" else mg.Binomial(case.num_slots)
+def _attempt(
+    task: Task,
+    case: Case,
+    step: mg.TrainStep,
+    store: Callable[[Path], mg.Store],
+    schedule: mg.Schedule | None = None,
+) -> Attempt:
+    chosen = schedule or (mg.EveryStep() if case.kept == "all" else mg.Binomial(case.num_slots))
 
     def metric(state: mg.State) -> Tensor:
         return task.metric(state.params)
@@ -66,7 +84,7 @@ def _attempt(task: Task, case: Case, step: mg.TrainStep, store: Callable[[Path],
         params, meta = task.initial(), {"weights": ones(task.num_examples)}
         with TemporaryDirectory() as folder, clock:
             result = mg.metagradient(
-                metric, step, params, task.batches, meta, schedule=schedule, store=store(Path(folder))
+                metric, step, params, task.batches, meta, schedule=chosen, store=store(Path(folder))
             )
         return result.meta["weights"]
 

@@ -13,7 +13,7 @@ from benchmarks.peers.contenders import CONTENDERS, METRIC
 from benchmarks.peers.rounds import Comparison, Entry
 
 NAMES = [contender.name for contender in CONTENDERS if contender.name != METRIC]
-MARKERS = dict(zip(NAMES, "os^vD*dPX", strict=True))
+MARKERS = dict(zip(NAMES, "os^vpD*dPX", strict=True))
 
 
 def draw(comparisons: Sequence[Comparison], path: Path) -> None:
