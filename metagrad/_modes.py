@@ -130,15 +130,8 @@ def _groups(at: Inputs, wrt_params: bool) -> tuple[list[Tensor], list[Tensor], l
 
 
 def _duals(params: Params, gamma: Sequence[Tensor | None]) -> Params:
-    """`params` with tangent γ. Where γ is zero a plain tensor does, and what depends on no other is cheaper."""
+    """`params` with tangent γ. Where that is None a plain tensor does, and what depends on no other is cheaper."""
     return {
         name: value if tangent is None else forward_ad.make_dual(value, tangent)
-        for (name, value), tangent in zip(params.items(), _nonzero(gamma), strict=True)
+        for (name, value), tangent in zip(params.items(), gamma, strict=True)
     }
-
-
-def _nonzero(gamma: Sequence[Tensor | None]) -> list[Tensor | None]:
-    given = [leaf for leaf in gamma if leaf is not None]
-    # Counted together: on an accelerator each answer waits for the device.
-    some = iter(torch.stack([leaf.any() for leaf in given]).tolist() if given else [])
-    return [leaf if leaf is not None and next(some) else None for leaf in gamma]

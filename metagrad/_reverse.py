@@ -7,6 +7,8 @@ from torch import Tensor
 
 from metagrad._refusals import refuse_missing_derivatives
 
+CORNER = 8
+
 
 def pull_gradient(
     outputs: Sequence[Tensor],
@@ -44,5 +46,13 @@ def pull_gradient(
 
 def nonzero(cotangent: Sequence[Tensor]) -> list[Tensor | None]:
     """`cotangent` with None for tensors that are all zeros, behind which nothing need be computed."""
-    some = torch.stack([leaf.any() for leaf in cotangent]).tolist() if cotangent else []
-    return [leaf if found else None for leaf, found in zip(cotangent, some, strict=True)]
+    # Most are seen not to be by a corner of theirs; the others are read to the end.
+    some = _any([leaf[(slice(CORNER),) * leaf.ndim] for leaf in cotangent])
+    rest = iter(_any([leaf for leaf, found in zip(cotangent, some, strict=True) if not found]))
+    return [leaf if found or next(rest) else None for leaf, found in zip(cotangent, some, strict=True)]
+
+
+def _any(leaves: Sequence[Tensor]) -> list[bool]:
+    # Asked together: on an accelerator each answer waits for the device.
+    found: list[bool] = torch.stack([leaf.any() for leaf in leaves]).tolist() if leaves else []
+    return found

@@ -85,8 +85,9 @@ class AdamRule:
         direction = mean / divisor / scale1
 
         to_direction = -now["lr"] * update
-        to_mean = to_direction / divisor / scale1
-        to_divisor = -(to_direction / divisor) * direction
+        divided = to_direction / divisor
+        to_mean = divided / scale1
+        to_divisor = -divided * direction
         to_inside = to_divisor / root / 2
         to_square = to_inside / scale2
         if memory:
