@@ -3,12 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
+from types import FunctionType
 from typing import Any
 
 import torch
 
 from metagrad._agreement import disagreement, reason_of, warn_uncompiled
 from metagrad._block import Block, Entries, Pulled, Rule, Values, Wanted
+
+_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,29 @@ def _tensors(values: Values, block: Block) -> Values:
 
 @cache
 def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled, at its first call on a type of numbers proved; itself where that fails."""
-    fast: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=True)
-    trusted: dict[object, bool] = {}
+    """`function` compiled for each kind of numbers, at the first call proved; itself where that fails."""
+    kernels: dict[object, Callable[..., Any]] = {}
 
     def run(values: Values, block: Block, *others: Any) -> Any:
-        kind = block.gradient.dtype, block.gradient.device, len(block.memory), repr([bool(x) for x in others[1:]])
-        if kind not in trusted:
-            trusted[kind] = _agrees(fast, function, values, block, *others)
-        return (fast if trusted[kind] else function)(values, block, *others)
+        # Of the pullback also: whether the memory has cotangents, and what is wanted.
+        asked = [bool(x) if isinstance(x, list) else x for x in others[1:]]
+        kind = block.gradient.dtype, block.gradient.device, len(block.memory), *asked
+        if kind not in kernels:
+            fast = torch.compile(_copied(function), fullgraph=True, dynamic=True)
+            kernels[kind] = fast if _agrees(fast, function, values, block, *others) else function
+        return kernels[kind](values, block, *others)
 
     return run
+
+
+def _copied(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` in code of its own: torch keeps eight kernels for one piece of code, whoever they were made for."""
+
+    def call(*given: Any) -> Any:
+        return function(*given)
+
+    code = call.__code__.replace(co_name=f"kernel_{next(_numbers)}")  # By its name unequal to the others.
+    return FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
 
 
 def _agrees(fast: Callable[..., Any], plain: Callable[..., Any], *given: Any) -> bool:
