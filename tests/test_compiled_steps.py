@@ -1,5 +1,8 @@
 """A compiled step gives the numbers of the uncompiled one, the same bits every time, and says where it cannot."""
 
+import warnings
+from itertools import product
+
 import pytest
 import torch
 from agreement import assert_agree
@@ -7,6 +10,10 @@ from optimizers import OPTIMIZERS
 from problems import PROBLEMS
 
 import metagrad as mg
+from metagrad._agreement import disagreement
+from metagrad._block import Block, Wanted
+from metagrad._compiled_rule import CompiledRule
+from metagrad._rules import SgdRule
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 
@@ -104,3 +111,17 @@ def test_too_many_shapes_run_uncompiled(monkeypatch):
     exact = mg.check.unrolled(metric, step, params, rows, meta)
     torch.testing.assert_close(result.meta["weights"], exact.meta["weights"], rtol=1e-12, atol=0)
     assert len(step.derivatives.graphs) == 2
+
+
+def test_many_optimizers_are_compiled_side_by_side():
+    """More kernels than torch keeps of one piece of code; what is asked of each is right."""
+    values = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}
+    block = Block(*torch.randn(2, 5, generator=torch.Generator().manual_seed(1)), [torch.linspace(1, 2, 5)])
+    for nesterov, decays, state, asked in product([False, True], repeat=4):
+        rule, wanted = SgdRule(nesterov, decays), Wanted(state, asked)
+        given = rule.at(values, 1), block, torch.ones(5), [torch.full((5,), 0.3)], wanted
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="compile=True has no effect")
+            found = CompiledRule(rule).pull(*given)
+        assert disagreement(found, rule.pull(*given)) is None
+        assert found.values.keys() == rule.pull(*given).values.keys()
