@@ -55,7 +55,7 @@ class BatchLoss:
 
     def gradient(self, params: Params, start: Start, meta: Tree, keep_graph: bool) -> Evaluated:
         """∇_θ of the mean loss at `params` (eq. 1), checked to be finite; with a graph from the tensors given."""
-        end, starts, all_losses = start, [], []
+        end, starts = start, []
         total: list[Tensor] = []
         for evaluate, batch in self._pieces(self.microbatch_size):
             starts.append(end)
@@ -67,13 +67,13 @@ class BatchLoss:
                 else:
                     new, losses, buffers = self.derivatives.gradient(evaluate, at)
             refuse_non_finite_losses(losses, self.step)
-            all_losses.append(losses)
             end = Start(buffers, rng[0])
             total = add(total, new) if total else new
         refuse_non_finite_gradient(params, total, self.step)
+        evaluated = Evaluated(total, starts, end)
         if self.reverse_microbatch_size is not None and self.step == 0:
-            self._refuse_company(params, start, meta, torch.cat(all_losses), end)
-        return Evaluated(total, starts, end)
+            self._refuse_company(params, meta, evaluated)  # Now, before the others are run.
+        return evaluated
 
     def total(self, contribution: Contribution, params: Params, meta: Tree, starts: Sequence[Start]) -> list[Tensor]:
         """The sum over micro-batches of a `contribution` of each one's share of the loss."""
@@ -88,7 +88,7 @@ class BatchLoss:
         self,
         params: Params,
         meta: Tree,
-        starts: Sequence[Start],
+        evaluated: Evaluated,
         gammas: Cotangents,
         ends: Cotangents,
         wrt_params: bool,
@@ -96,10 +96,13 @@ class BatchLoss:
         """eq. 5 and 6 for each of several γ, last micro-batch first.
 
         Args:
+            evaluated: what `gradient` gave.
             gammas, ends: cotangents of the gradient and of the buffers after the step.
         """
+        if self.reverse_microbatch_size is not None:
+            self._refuse_company(params, meta, evaluated)
         totals: list[Pulled] | None = None
-        for evaluate, batch, start in reversed(self._reversible(starts)):
+        for evaluate, batch, start in reversed(self._reversible(evaluated.starts)):
             # One micro-batch's graph at a time, joined to the one before by its buffers' cotangent.
             with drawing(start.rng, params):
                 at = Point(params, start.buffers, batch, meta)
@@ -109,19 +112,22 @@ class BatchLoss:
         assert totals is not None
         return totals
 
-    def _refuse_company(self, params: Params, start: Start, meta: Tree, losses: Tensor, end: Start) -> None:
-        """Raise unless the reverse pass, which cuts the batch elsewhere, is that of the same losses."""
+    def _refuse_company(self, params: Params, meta: Tree, evaluated: Evaluated) -> None:
+        """Raise unless the pieces of the reverse pass, which cuts the batch elsewhere, have the same gradient."""
+        start, end = evaluated.starts[0], evaluated.end
         changed = [name for name, buffer in start.buffers.items() if not torch.equal(buffer, end.buffers[name])]
         drawn = not all(map(torch.equal, start.rng, end.rng))
-        with torch.no_grad():
-            pieces = self._pieces(self.reverse_microbatch_size)
-            alone = torch.cat([e(Point(params, start.buffers, batch, meta)).losses for e, batch in pieces])
-        if changed or drawn or disagreement(alone, losses) is not None:
+        total: list[Tensor] = []
+        for evaluate, batch in self._pieces(self.reverse_microbatch_size):
+            with drawing(start.rng, params):
+                new = self.derivatives.gradient(evaluate, Point(params, start.buffers, batch, meta)).gradient
+            total = add(total, new) if total else new
+        if changed or drawn or disagreement(total, evaluated.gradient) is not None:
             why = f"it changes buffer {changed[0]!r}" if changed else "it draws random numbers" if drawn else ""
             raise ValueError(
                 "`reverse_microbatch_size` cuts the batch in other places than the forward run does, but the loss of "
-                f"an example depends on the others of its micro-batch ({why or 'as under batch norm'}). Set "
-                "`microbatch_size` instead, which is that of both."
+                f"an example depends on the others of its micro-batch ({why or 'as under batch norm'}) at step "
+                f"{self.step}. Set `microbatch_size` instead, which is that of both."
             )
 
     def _reversible(self, starts: Sequence[Start]) -> list[tuple[Evaluation, Tree, Start]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from metagrad._agreement import disagreement
+from metagrad._agreement import disagreement, reason_of
 from metagrad._modes import MODES, REFERENCE, Cotangents, Evaluate, Inputs, Mode, Pulled
 from metagrad._tree import floating_leaves, joined
 from metagrad._types import Params, Scalar, Tree
@@ -27,36 +27,42 @@ class Choice(NamedTuple):
     rejected: dict[str, str]
 
 
-def choose(
-    requested: str, evaluate: Evaluate, at: Inputs, gammas: Cotangents, ends: Cotangents, wrt_params: bool
-) -> tuple[Choice, list[Pulled]]:
-    """The mode for a run, and what it gives at these inputs, those of the first step that is reversed.
+def choose(requested: str, evaluate: Evaluate, at: Inputs) -> Choice:
+    """The mode for a loss, from what each gives at these inputs for cotangents drawn at random.
 
     A mode is taken only if it agrees there with reverse over reverse, which takes its place otherwise: after a warning
-    if its derivative was wrong. Of those that agree, "auto" takes the fastest.
+    if its derivative was wrong, or if no other has a formula. Of those that agree, "auto" takes the fastest.
 
     Raises:
-        ValueError: if there is no mode of the `requested` name.
-        RuntimeError: if the mode of that name cannot differentiate the loss, naming the operation.
+        UncoveredError: if the loss uses an operation that forward mode is not trusted with.
 
-    Cost: with "auto" each mode runs twice, for the first run of a mode pays for what later ones do not.
+    Cost: each mode once, with "auto" twice, for the first run of a mode pays for what later ones do not.
     """
-    if requested not in (AUTO, *MODES):
-        raise ValueError(f"there is no mode {requested!r}. Pass one of {', '.join(map(repr, (AUTO, *MODES)))}.")
-    given = at, gammas, ends, wrt_params
-    results, rejected = _tried(FAST if requested == AUTO else {requested} - {REFERENCE}, evaluate, *given)
-    if requested in rejected and requested not in results:
-        raise RuntimeError(
-            f"{requested} cannot differentiate this loss ({rejected[requested]}). Replace that operation, or choose "
-            f"{AUTO!r} or {REFERENCE!r}, which need no such formula."
+    # Not those of the run, which may be zeros and prove nothing.
+    given = at, [_drawn(at.params)], [_drawn(at.buffers)], True
+    names = FAST if requested == AUTO else (requested,)
+    results, rejected = _tried(names, evaluate, *given)
+    if wrong := [name for name, reason in rejected.items() if reason == WRONG]:
+        warnings.warn(
+            f"{' and '.join(wrong)} gives another derivative of this loss than {REFERENCE}, which takes its place.",
+            stacklevel=3,
         )
-    _warn([name for name, reason in rejected.items() if reason == WRONG])
+    elif results.keys() == {REFERENCE}:
+        warnings.warn(
+            f"{' and '.join(names)} cannot differentiate this loss ({rejected[names[0]]}). {REFERENCE} takes its "
+            "place.",
+            stacklevel=3,
+        )
     fit = [name for name in results if name not in rejected]
     if requested != AUTO or len(fit) == 1:
-        return Choice(fit[-1], {}, rejected), results[fit[-1]]
+        return Choice(fit[-1], {}, rejected)
     seconds = {name: _seconds(MODES[name], evaluate, *given) for name in fit}
-    mode = min(fit, key=seconds.__getitem__)
-    return Choice(mode, seconds, rejected), results[mode]
+    return Choice(min(fit, key=seconds.__getitem__), seconds, rejected)
+
+
+def _drawn(tree: Tree) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in floating_leaves(tree)]
 
 
 def _tried(
@@ -64,20 +70,23 @@ def _tried(
 ) -> tuple[dict[str, list[Pulled]], dict[str, str]]:
     """What the reference and the modes of these names give, and why some of them are not to be used."""
     given = at, gammas, ends, wrt_params
-    types = _Types()
-    reference = MODES[REFERENCE](types.noted(evaluate), *given)
-    results, rejected = {REFERENCE: reference}, {}
-    for name in names:
+    results: dict[str, list[Pulled]] = {}
+    rejected = {}
+    for name in names:  # Before the reference, whose work would be lost if the loss is not covered.
         try:
             results[name] = MODES[name](evaluate, *given)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            rejected[name] = _first_line(error)
-            continue
-        if not _finite(results[name]) or not _finite(reference):
+            rejected[name] = reason_of(error)
+    types = _Types()
+    reference = MODES[REFERENCE](types.noted(evaluate), *given)
+    for name, found in results.items():
+        if not _finite(found) or not _finite(reference):
             rejected[name] = "what it gives is not finite, and cannot be compared"
-        elif not _agree(results[name], reference, types.precision):
+        elif not _agree(found, reference, types.precision):
             rejected[name] = WRONG
-    return results, rejected
+    return {REFERENCE: reference, **results}, rejected
 
 
 def _agree(found: Sequence[Pulled], expected: Sequence[Pulled], precision: float) -> bool:
@@ -97,7 +106,7 @@ class _Types(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and result.is_floating_point():
+        if isinstance(result, Tensor) and result.is_floating_point() and result.requires_grad:
             self.precision = max(self.precision, torch.finfo(result.dtype).eps)
         return result
 
@@ -109,15 +118,6 @@ class _Types(TorchFunctionMode):
                 return evaluate(params, buffers, meta)
 
         return watched
-
-
-def _warn(wrong: Sequence[str]) -> None:
-    if wrong:
-        warnings.warn(
-            f"{' and '.join(wrong)} gives another derivative of this loss than {REFERENCE}, which takes its place: an "
-            "operation in the loss, perhaps a torch.autograd.Function, has a wrong formula for forward mode.",
-            stacklevel=3,
-        )
 
 
 def _seconds(
@@ -132,7 +132,3 @@ def _now(at: Inputs) -> float:
     for device in {leaf.device for leaf in floating_leaves(at) if leaf.device.type == "cuda"}:
         torch.cuda.synchronize(device)
     return perf_counter()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -21,7 +21,7 @@ def linear_cross_entropy(
     *,
     chunk_size: int = 256,
 ) -> Float[Tensor, "*axes"]:
-    """−log softmax(hidden · weightᵀ)[label] at every position, and 0 where the label is −100.
+    """−log softmax(hidden · weightᵀ)[label] at every position, 0 where the label is −100, NaN where it is no class.
 
     Equal to `torch.nn.functional.cross_entropy(hidden @ weight.T, labels, reduction="none")`, with the first and second
     derivatives that a training step needs; a third raises. Logits are made for `chunk_size` positions at a time and
@@ -31,7 +31,7 @@ def linear_cross_entropy(
     in memory `chunk_size` × classes numbers, a few times over.
 
     Raises:
-        ValueError: for shapes that do not fit, or a `chunk_size` below 1.
+        ValueError: for shapes that do not fit, labels that are no integers, or a `chunk_size` below 1.
 
     >>> import torch, metagrad as mg
     >>> hidden, weight, labels = torch.randn(2, 5, 8), torch.randn(100, 8), torch.randint(100, (2, 5))
@@ -45,8 +45,13 @@ def linear_cross_entropy(
         )
     if chunk_size < 1:
         raise ValueError(f"`chunk_size` is {chunk_size}. Pass at least 1.")
-    rows = rearrange(hidden, "... width -> (...) width")
-    losses: Tensor = _Losses.apply(rows, weight, labels.reshape(-1), chunk_size)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    if labels.is_floating_point():
+        raise ValueError(f"labels are {labels.dtype}. Pass integers from 0 on, and {IGNORED} where there is no label.")
+    # As outside of autocast: what is summed over a vocabulary is not rounded to bfloat16.
+    kind = torch.promote_types(hidden.dtype, weight.dtype)
+    rows = rearrange(hidden.to(kind), "... width -> (...) width")
+    with torch.autocast(hidden.device.type, enabled=False):
+        losses: Tensor = _Losses.apply(rows, weight.to(kind), labels.reshape(-1), chunk_size)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return losses.view(labels.shape)
 
 
@@ -60,8 +65,10 @@ class _Losses(torch.autograd.Function):
         losses = []
         for h, y in zip(hidden.split(chunk_size), labels.split(chunk_size), strict=True):
             logits = h @ weight.T
-            chosen = logits.gather(1, y.clamp(min=0)[:, None])[:, 0]
-            losses.append((logits.logsumexp(1) - chosen) * (y != IGNORED))
+            chosen = logits.gather(1, _within(y, weight)[:, None])[:, 0]
+            # Their values are not read, which a compiled step could not; a NaN is refused by any step, and named.
+            known = (y >= 0) & (y < len(weight))
+            losses.append((logits.logsumexp(1) - chosen).masked_fill(~known, torch.nan).masked_fill(y == IGNORED, 0.0))
         return torch.cat(losses)
 
     @staticmethod
@@ -116,5 +123,10 @@ def _chunks(size: int, hidden: Rows, labels: Tensor, b: Tensor, *others: Rows) -
 def _excess(logits: Float[Tensor, "rows classes"], labels: Tensor) -> Float[Tensor, "rows classes"]:
     """p − y, and 0 where there is no label."""
     p = logits.softmax(1)
-    p = p.scatter_add(1, labels.clamp(min=0)[:, None], -torch.ones_like(p[:, :1]))
+    p = p.scatter_add(1, _within(labels, logits.T)[:, None], -torch.ones_like(p[:, :1]))
     return p * (labels != IGNORED)[:, None]
+
+
+def _within(labels: Tensor, classes: Tensor) -> Tensor:
+    """`labels`, with some class in the place of what is none."""
+    return labels.clamp(0, len(classes) - 1)

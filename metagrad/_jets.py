@@ -79,7 +79,7 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _dual(*_affine_pair(*(part for each in split for part in each)))
 
 
-class _Affine(Function):
+class Affine(Function):
     """y = x·w + b and its tangent: eight products in all with its backward, where ẇ is a constant."""
 
     @staticmethod
@@ -139,7 +139,7 @@ def _dual(value: Tensor, change: Tensor) -> Tensor:
     return dual
 
 
-_affine_pair: Callable[..., tuple[Tensor, Tensor]] = _Affine.apply
+_affine_pair: Callable[..., tuple[Tensor, Tensor]] = Affine.apply
 _mul, _matmul, _add = product(torch.mul), product(torch.matmul), total(torch.add, (1, 1))
 _sub, _rsub = total(torch.sub, (1, -1)), total(lambda a, b: b - a, (-1, 1))
 

@@ -2,7 +2,8 @@
 
 Each takes the loss of a micro-batch as a function, and cotangents γ of its gradient and of the buffers after it. It
 returns Hγ and (∂²L/∂z∂θ)γ, with what comes back from the buffers. Reverse over reverse is the reference: it is right
-wherever torch differentiates at all. The others have to prove themselves, each on the loss that it is used for.
+wherever torch differentiates at all. The others refuse operations that they are not tested with, and have to prove
+themselves on the loss that they are used for.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from metagrad._composites import Composites
+from metagrad._covered import refuse_uncovered
 from metagrad._jets import JETS
 from metagrad._loss import loss_gradient
 from metagrad._reverse import pull_gradient
@@ -78,6 +80,7 @@ def forward_over_reverse(
         with torch.enable_grad(), forward_ad.dual_level():
             with Composites():
                 loss, after = evaluate(_duals(own.params, gamma), own.buffers, own.meta)
+            refuse_uncovered(loss)
             outputs, given = [loss], [torch.ones_like(loss)]
             for leaf, cotangent in zip(floating_leaves(after), end, strict=True):
                 if cotangent is not None and leaf.requires_grad:
@@ -108,6 +111,7 @@ def reverse_over_forward(
         with torch.enable_grad(), forward_ad.dual_level():
             with Composites(JETS):
                 loss, after = evaluate(_duals(params, gamma), own.buffers, own.meta)
+            refuse_uncovered(loss)
             slope = forward_ad.unpack_dual(loss).tangent
             outputs = [forward_ad.unpack_dual(leaf).primal for leaf in floating_leaves(after)]
         # Outside the level: within it, torch would compute tangents of the backward pass as well.

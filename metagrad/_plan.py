@@ -1,6 +1,5 @@
 """What a schedule says: actions on states, one after another, and what they cost. Integers only."""
 
-from itertools import takewhile
 from typing import NamedTuple, TypeAlias
 
 
@@ -61,12 +60,6 @@ class Plan(NamedTuple):
     reverse: list[Action]
     kept: int = 0
     num_graphs: int = 1
-
-    @property
-    def reversed_at_once(self) -> set[int]:
-        """The steps that are reversed before any other is run again: their graphs may be kept until then."""
-        steps = takewhile(lambda action: not isinstance(action, Run), self.reverse)
-        return {action.step for action in steps if isinstance(action, Reverse)}
 
     @property
     def cost(self) -> Cost:

@@ -71,7 +71,7 @@ class StepPullback:
         if not self.has_graph:
             if self.linear and not self.wrt_state and (pulled := self._forward(gammas)):
                 return pulled
-            return self.loss.pull(self.inputs.params, self.meta, self.evaluated.starts, gammas, ends, self.wrt_state)
+            return self.loss.pull(self.inputs.params, self.meta, self.evaluated, gammas, ends, self.wrt_state)
         try:
             return self._reverse(gammas, ends)
         except MissingDerivativeError:

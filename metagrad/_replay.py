@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import takewhile
 from typing import NamedTuple, Protocol
 
 import torch
@@ -86,6 +88,12 @@ class Replay:
     unsaved: State | None = field(default=None, init=False)
     extra: Tree = field(default=None, init=False)
     batches_seen: dict[int, Tensor] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def reversed_at_once(self) -> set[int]:
+        """The steps that are reversed before any other is run again: their graphs may be kept until then."""
+        steps = takewhile(lambda action: not isinstance(action, Run), self.plan.reverse)
+        return {action.step for action in steps if isinstance(action, Reverse)}
 
     def forward(self, state: State) -> State:
         """The state after the last step, with what the plan asks for kept in the store."""
@@ -177,7 +185,7 @@ class Replay:
             # bit; used again where this very step is reversed before another is run.
             after, pull = self._linearize(state)
             new, extra = after(), None
-            if state.step in self.plan.reversed_at_once:
+            if state.step in self.reversed_at_once:
                 self.pulls[state.step] = pull
         else:
             # No graph between steps: each step is differentiated by its own pullback.

@@ -14,7 +14,7 @@ from metagrad._plan import Action, Cost, Drop, Load, Plan, Reverse, Run, Save
 
 
 class Schedule(ABC):
-    """When to keep which state. Changes the cost of a metagradient, never its numbers."""
+    """When to keep which state. Changes the cost of a metagradient, never its numbers (but see `EveryStep`)."""
 
     num_graphs = 1
     """Steps at the end of the run whose graphs are kept until they are reversed."""
@@ -91,8 +91,9 @@ class EveryStep(Schedule):
     Args:
         num_graphs: steps at the end of the run whose graphs are kept from the forward run until they are reversed; at
             least 1, for the last step's always is. 9 forward passes for each of them instead of 12, in the memory of an
-            unrolled run. For steps of one micro-batch that are neither compiled nor have a `curvature`; others keep no
-            graph. A gradient with a graph may differ from one without by rounding, so this is part of a run's numbers.
+            unrolled run besides the states. Refused with `resume`, and for a `TrainStep` that keeps no graph: with
+            micro-batches, a `curvature` or compile=True. A gradient with a graph may differ from one without by
+            rounding, so this one setting may change a number in its last bits.
     """
 
     num_graphs: int = 1

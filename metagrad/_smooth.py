@@ -39,7 +39,7 @@ def smooth_dual(x: Tensor, formulas: Formulas) -> Tensor:
     return dual
 
 
-class _Pair(Function):
+class Pair(Function):
     """(x, tangent) → (f(x), J·tangent)."""
 
     @staticmethod
@@ -65,7 +65,7 @@ class _Pair(Function):
         return to_x, ctx.formulas.pull(saved, to_change) if wanted else None, None
 
 
-class _Value(Function):
+class Value(Function):
     """x → f(x)."""
 
     @staticmethod
@@ -89,7 +89,7 @@ class _Value(Function):
         return change
 
 
-class _Pull(Function):
+class Pull(Function):
     """(x, cotangent) → Jᵀ·cotangent. What was saved is constant here: the formulas are in terms of x."""
 
     @staticmethod
@@ -117,6 +117,6 @@ class _Pull(Function):
         return sum(parts[1:], start=parts[0])
 
 
-_pair: Callable[..., Any] = _Pair.apply
-_value: Callable[..., Tensor] = _Value.apply
-_pull: Callable[..., Tensor] = _Pull.apply
+_pair: Callable[..., Any] = Pair.apply
+_value: Callable[..., Tensor] = Value.apply
+_pull: Callable[..., Tensor] = Pull.apply

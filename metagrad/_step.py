@@ -37,7 +37,8 @@ class TrainStep:
         microbatch_size: examples differentiated at a time. Same gradient up to rounding, less memory; every tensor
             of a batch is then cut along its first axis. None: the whole batch at once.
         reverse_microbatch_size: another `microbatch_size` for the second derivatives, which take about three times the
-            memory of the first. Refused where the loss of an example depends on the others of its micro-batch.
+            memory of the first. Refused where the loss of an example depends on the others of its micro-batch, which costs
+            3 forward passes to see in each step that is reversed.
         clip_norm: upper bound of the gradient's global L2 norm, differentiated; the formula is that of
             `torch.nn.utils.clip_grad_norm_`.
         seed: start of the random numbers that the loss may draw (dropout). They are part of the state, so a replay
@@ -46,8 +47,8 @@ class TrainStep:
             numbers are those of the uncompiled step but for rounding, and the same in every run. Making a graph takes
             seconds to minutes, once; where it cannot be made a warning says why.
         curvature: how the way back through a gradient is computed (docs/speed.md): "reverse-over-reverse",
-            "forward-over-reverse", "reverse-over-forward", or "auto", the fastest of them. All but the first have to
-            agree with it at the first step that is reversed.
+            "forward-over-reverse", "reverse-over-forward", or "auto", the fastest of them. Where a loss uses an operation
+            that the others are not tested with, or one of them does not agree with the first, the first is taken.
         constant_buffers: take buffers (running statistics) as constants. Otherwise they are state like any other, and
             a metric or a loss that reads them is differentiated through them.
 
@@ -164,7 +165,7 @@ class TrainStep:
         start = Start(state.buffers, state.rng)
         evaluated = self._loss_of(batch, state).gradient(state.params, start, meta, keep_graph=False)
         with torch.no_grad():
-            return self._next(state, evaluated, meta), None if self._keeps_graph else evaluated
+            return self._next(state, evaluated, meta), None if self.keeps_graph else evaluated
 
     def vjp(
         self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool, kept: Evaluated | None = None
@@ -181,13 +182,13 @@ class TrainStep:
         # Fresh leaves: the cotangents will carry everything that comes after this step.
         inputs, meta = fresh(differentiable(state)), fresh(meta)
         loss = self._loss_of(batch, state)
-        start = Start(inputs.buffers, state.rng) if self._keeps_graph else Start(state.buffers, state.rng)
-        evaluated = kept or loss.gradient(inputs.params, start, meta, keep_graph=self._keeps_graph)
+        start = Start(inputs.buffers, state.rng) if self.keeps_graph else Start(state.buffers, state.rng)
+        evaluated = kept or loss.gradient(inputs.params, start, meta, keep_graph=self.keeps_graph)
         # Forward mode is checked against the gradient, in which an example of weight 0 does not appear.
         linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta) and not self.compile
         with torch.enable_grad():
             optimizer = self._transformation(meta)
-        pull = StepPullback(loss, optimizer, inputs, meta, evaluated, wrt_state, self._keeps_graph, linear)
+        pull = StepPullback(loss, optimizer, inputs, meta, evaluated, wrt_state, self.keeps_graph, linear)
 
         def after() -> State:
             with torch.no_grad():
@@ -196,7 +197,7 @@ class TrainStep:
         return after, pull
 
     @property
-    def _keeps_graph(self) -> bool:
+    def keeps_graph(self) -> bool:
         """Whether a reversed step keeps the graph of its gradient until that is pulled back."""
         uncut = self.microbatch_size is None and self.reverse_microbatch_size is None
         return uncut and isinstance(self.derivatives, ReverseOverReverse)

@@ -163,6 +163,7 @@ ACTIVATIONS = (
 )
 REGRESSIONS = "l1_loss smooth_l1_loss poisson_nll_loss hinge_embedding_loss"
 
+SHUFFLED = torch.tensor([[1, 3, 0, 2, 4], [4, 2, 1, 0, 3], [0, 1, 2, 3, 4]])
 NATIVE = {
     **{name: Operation(getattr(F, name)) for name in ACTIVATIONS.split()},
     **{name: Operation(partial(getattr(F, name), target=positive(3, 5))) for name in REGRESSIONS.split()},
@@ -237,6 +238,49 @@ NATIVE = {
     "indexing": Operation(lambda x: x[labels(3) % 3, 1:].cumsum(1) * x.sort(1).values[:, :4]),
     "scatter": Operation(lambda x: torch.zeros(5, 5).index_add(0, labels(3), x) ** 2),
     "where": Operation(lambda x: torch.where(x > 0, x.exp(), x.sin()).clamp(-0.5, 2).masked_fill(x > 1, 0.3)),
+    **{
+        name: Operation(getattr(torch, name))
+        for name in "cos tan tanh sinh cosh asinh atan erf expm1 abs square neg exp2 sign floor".split()
+    },
+    **{
+        name: Operation(lambda x, name=name: getattr(torch, name)(x.exp()))
+        for name in "log log2 log10 log1p rsqrt reciprocal lgamma digamma".split()
+    },
+    **{
+        name: Operation(lambda x, name=name: getattr(torch, name)(0.9 * x.tanh())) for name in ["asin", "acos", "atanh"]
+    },
+    **{
+        name: Operation(getattr(torch, name), ((3, 5), (3, 5)))
+        for name in "maximum minimum fmax fmin logaddexp atan2 hypot dist".split()
+    },
+    **{
+        f"{name} of rows": Operation(lambda x, name=name: getattr(x, name)(1)[0])
+        for name in ["max", "min", "median", "mode"]
+    },
+    **{
+        f"{name} of rows": Operation(lambda x, name=name: getattr(x, name)(1))
+        for name in "amax amin prod cumprod sum mean".split()
+    },
+    **{
+        f"{name} of all": Operation(lambda x, name=name: getattr(x, name)())
+        for name in "max min sum mean prod tril triu".split()
+    },
+    "shapes": Operation(lambda x: torch.cat([x.flip(0), x.roll(1, 0)]).T.reshape(5, 2, 3).movedim(0, 1).contiguous()),
+    "aliases": Operation(
+        lambda x: torch.ops.aten.mul.Scalar(x.view(15).unflatten(0, (3, 5)), 2.0) * torch.ops.aten.alias(x)
+    ),
+    "views": Operation(lambda x: x.narrow(1, 0, 3).diagonal() * x.unfold(1, 3, 2)[:, 0].sum(0) + x.diag()),
+    "gather": Operation(lambda x: x.gather(1, labels(3, 5)) + x.index_select(1, labels(5)) + x.take(labels(3, 5))),
+    "scatter, rows": Operation(lambda x: x.scatter_add(1, labels(3, 5), x.sin()) + x.scatter(1, SHUFFLED, x.cos())),
+    "copies": Operation(lambda x: x.index_copy(0, torch.tensor([2, 0, 1]), x.exp()).masked_select(constant(3, 5) > 0)),
+    "outer": Operation(torch.outer, ((3,), (4,))),
+    "baddbmm": Operation(torch.baddbmm, ((2, 3, 4), (2, 3, 5), (2, 5, 4))),
+    "addcmul": Operation(lambda x, y, z: torch.addcmul(x, y, z, value=0.5), ((3, 5),) * 3),
+    "lerp": Operation(lambda x, y: torch.lerp(x, y, 0.3) + torch.lerp(x, y, x), ((3, 5), (3, 5))),
+    "mv": Operation(torch.mv, ((3, 5), (5,))),
+    "power of tensors": Operation(lambda x, y: x.exp() ** y, ((3, 5), (3, 5))),
+    "division": Operation(lambda x, y: x / (2 + y.cos()) + x.remainder(1.5), ((3, 5), (3, 5))),
+    "numbers": Operation(lambda x: 2 - x + 3 * x / 4 - (1 - x) + x.clamp(max=0.5) + x.clamp(min=-0.5) + x.nan_to_num()),
     "RNN": module(lambda: nn.RNN(3, 4), (5, 2, 3)),
     "LSTM": module(lambda: nn.LSTM(3, 4), (5, 2, 3)),
     "GRU": module(lambda: nn.GRU(3, 4), (5, 2, 3)),

@@ -9,6 +9,7 @@ from optimizers import OPTIMIZERS
 from problems import PROBLEMS
 
 import metagrad as mg
+from metagrad import _covered
 
 FAST = ["forward-over-reverse", "reverse-over-forward"]
 
@@ -60,25 +61,34 @@ def exact():
     return mg.check.unrolled(*arguments(lambda x: x**3), wrt_params=True)
 
 
-@pytest.mark.parametrize("curvature", ["auto", "reverse-over-forward", "forward-over-reverse"])
-def test_a_planted_wrong_derivative_is_caught(curvature):
+@pytest.mark.parametrize(
+    "cube, message",
+    [
+        (Planted.apply, "has no effect on a loss with PlantedBackward"),
+        (Unknown.apply, "cannot differentiate this loss .*You must implement"),
+    ],
+    ids=["wrong", "missing"],
+)
+@pytest.mark.parametrize("curvature", ["auto", *FAST])
+def test_an_operation_that_is_not_covered_takes_the_exact_way_and_says_so_once(curvature, cube, message):
+    with pytest.warns(UserWarning, match=message) as caught:
+        result = mg.metagradient(*arguments(cube, curvature=curvature), wrt_params=True)
+    assert len([warning for warning in caught if "takes its place" in str(warning.message)]) == 1
+    assert_agree(result, exact(), rtol=1e-12)
+    assert result.stats.curvature == "reverse-over-reverse"
+
+
+@pytest.mark.parametrize("curvature", ["auto", *FAST])
+def test_a_wrong_derivative_of_a_covered_operation_is_caught(curvature, monkeypatch):
+    """The second line of defence, also where the run's own cotangents are zeros at first."""
+    monkeypatch.setattr(_covered, "COVERED", _covered.COVERED | {"PlantedBackward"})
+    metric, *others = arguments(Planted.apply, curvature=curvature)
+    early = mg.Trajectory({2: metric})
     with pytest.warns(UserWarning, match="another derivative of this loss than reverse-over-reverse") as caught:
-        result = mg.metagradient(*arguments(Planted.apply, curvature=curvature), wrt_params=True)
+        result = mg.metagradient(early, *others, wrt_params=True)
     assert len([warning for warning in caught if "another derivative" in str(warning.message)]) == 1
-    assert_agree(result, exact(), rtol=1e-12)
+    assert_agree(result, mg.check.unrolled(early, *arguments(lambda x: x**3)[1:], wrt_params=True), rtol=1e-12)
     assert result.stats.curvature == "reverse-over-reverse"
-
-
-def test_an_operation_without_a_formula_takes_the_exact_way():
-    result = mg.metagradient(*arguments(Unknown.apply, curvature="auto"), wrt_params=True)
-    assert_agree(result, exact(), rtol=1e-12)
-    assert result.stats.curvature == "reverse-over-reverse"
-
-
-@pytest.mark.parametrize("curvature", FAST)
-def test_a_way_that_was_named_and_has_no_formula_is_an_error(curvature):
-    with pytest.raises(RuntimeError, match=f"{curvature} cannot differentiate this loss.*reverse-over-reverse"):
-        mg.metagradient(*arguments(Unknown.apply, curvature=curvature), wrt_params=True)
 
 
 @pytest.mark.parametrize("curvature", FAST)
@@ -98,30 +108,19 @@ def test_the_fastest_is_one_of_them(name):
     assert result.stats.curvature in ("reverse-over-reverse", *FAST)
 
 
-def later(cube, curvature):
-    """The same, where only the first step of three goes through `cube`: it is the last one that is reversed."""
+@pytest.mark.parametrize("cube", [Planted.apply, Unknown.apply])
+@pytest.mark.parametrize("curvature", ["auto", *FAST])
+def test_an_operation_that_is_met_later_takes_the_exact_way_too(curvature, cube):
+    """Only the first step of three, the last to be reversed, goes through `cube`; the choice is made before."""
     metric, _, params, batches, meta = arguments(cube)
     loss = mg.weighted(lambda p, b: torch.tanh((cube if b["first"] else lambda x: x**3)(b["x"] @ p["w"])))
     step = mg.TrainStep(loss, OPTIMIZERS["adam"], curvature=curvature)
-    return metric, step, params, [{**batch, "first": t == 0} for t, batch in enumerate(batches)], meta
-
-
-@pytest.mark.parametrize("curvature", FAST)
-def test_an_operation_that_is_met_later_is_proved_too(curvature):
-    with pytest.warns(UserWarning, match="another derivative of this loss than reverse-over-reverse") as caught:
-        result = mg.metagradient(*later(Planted.apply, curvature), wrt_params=True)
-    assert len([warning for warning in caught if "another derivative" in str(warning.message)]) == 1
+    batches = [{**batch, "first": t == 0} for t, batch in enumerate(batches)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = mg.metagradient(metric, step, params, batches, meta, wrt_params=True)
+    assert curvature == "auto" or any("has no effect" in str(warning.message) for warning in caught)
     assert_agree(result, exact(), rtol=1e-12)
-
-
-def test_an_operation_without_a_formula_that_is_met_later_takes_the_exact_way():
-    assert_agree(mg.metagradient(*later(Unknown.apply, "auto"), wrt_params=True), exact(), rtol=1e-12)
-
-
-@pytest.mark.parametrize("curvature", FAST)
-def test_an_operation_without_a_formula_that_is_met_later_is_an_error(curvature):
-    with pytest.raises(RuntimeError, match=f"{curvature} cannot differentiate this loss"):
-        mg.metagradient(*later(Unknown.apply, curvature), wrt_params=True)
 
 
 def test_several_metrics_share_a_choice():

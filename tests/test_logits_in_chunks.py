@@ -118,3 +118,29 @@ def test_what_does_not_fit_is_refused(hidden, weight, labels, size, message):
         mg.linear_cross_entropy(
             torch.zeros(hidden), torch.zeros(weight), torch.zeros(labels, dtype=torch.int64), chunk_size=size
         )
+
+
+def test_a_label_that_is_no_class_is_not_a_number():
+    """In a training step an error that names it; to read labels would keep a step from being compiled."""
+    hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
+    losses = mg.linear_cross_entropy(hidden, weight, torch.tensor([4, -1, -100, 5]))
+    assert losses.isnan().tolist() == [False, True, False, True] and losses[2] == 0
+    step = mg.TrainStep(lambda p, b, meta: mg.linear_cross_entropy(b, p["w"], torch.tensor([0, -1])), mg.optim.sgd(0.1))
+    with pytest.raises(mg.NonFiniteError, match="step 0"):
+        mg.train(step, {"w": weight}, [hidden[:2]], {})
+
+
+def test_a_position_without_a_label_counts_for_nothing_whatever_stands_there():
+    hidden = torch.tensor([[torch.inf, 1.0], [1.0, 2.0]])
+    losses = mg.linear_cross_entropy(hidden, torch.randn(3, 2), torch.tensor([-100, 1]))
+    assert losses[0] == 0 and losses[1] > 0
+
+
+def test_autocast_does_not_round_it():
+    hidden, weight, labels = torch.randn(4, 3).float(), torch.randn(5, 3).float().requires_grad_(), torch.arange(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = mg.linear_cross_entropy(hidden, weight, labels)
+        mixed = mg.linear_cross_entropy(hidden @ torch.eye(3).float(), weight, labels)
+    assert losses.dtype == mixed.dtype == torch.float32
+    torch.testing.assert_close(losses, cross_entropy(hidden @ weight.T, labels, reduction="none"))
+    torch.autograd.grad(mixed.sum(), weight)

@@ -31,8 +31,8 @@ def test_the_loss_sees_the_pieces_that_were_asked_for():
     batch = {"x": torch.ones(4), "index": torch.arange(4)}
     metric = lambda state: state.params["w"] ** 2  # noqa: E731
     mg.metagradient(metric, step, {"w": torch.ones(())}, [batch] * 2, {"weights": torch.ones(4)}, wrt_params=True)
-    # Step 0, the look whether its losses are the same in pieces, step 1, and each step's pullback.
-    assert sizes == [4, 2, 2, 4, 2, 2, 2, 2]
+    # Step 0, the look whether its gradient is the same in pieces, step 1; for each step another look, and its pullback.
+    assert sizes == [4, 2, 2, 4, *[2, 2, 2, 2] * 2]
 
 
 class Company(torch.nn.Module):
@@ -68,6 +68,33 @@ def test_examples_that_depend_on_each_other_are_refused(model, loss, reason):
     metric = lambda state: state.params["out.weight"].sum()  # noqa: E731
     with pytest.raises(ValueError, match=f"reverse_microbatch_size.*{reason}"):
         mg.metagradient(metric, step, model, [batch] * 2, {"weights": torch.ones(4)})
+
+
+def gate(params, batch):
+    """Equal losses at first, and another gradient."""
+    h = batch["x"] @ params["w"]
+    return (h - params["gate"] * h.mean()).square()
+
+
+def late(params, batch):
+    """Company from step 1 on."""
+    h = batch["x"] @ params["w"]
+    return (h - params["gate"].cos() * batch["late"] * h.mean()).square()
+
+
+def late_dropout(params, batch):
+    h = batch["x"] @ params["w"] + params["gate"]
+    return (torch.nn.functional.dropout(h, 0.5) if batch["late"][0] > 0 else h).square()
+
+
+@pytest.mark.parametrize("loss, step", [(gate, 0), (late, 2), (late_dropout, 2)])
+def test_company_is_seen_in_the_gradient_and_at_every_step(loss, step):
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    batches = [{"x": x, "late": torch.full((4,), float(t > 0)), "index": torch.arange(4)} for t in range(3)]
+    train = mg.TrainStep(mg.weighted(loss), mg.optim.sgd(0.1), reverse_microbatch_size=2)
+    params = {"w": torch.ones(3), "gate": torch.zeros(())}
+    with pytest.raises(ValueError, match=f"depends on the others of its micro-batch .* at step {step}"):
+        mg.metagradient(lambda s: s.params["w"].sum(), train, params, batches, {"weights": torch.ones(4)})
 
 
 @pytest.mark.parametrize("name", ["microbatch_size", "reverse_microbatch_size"])

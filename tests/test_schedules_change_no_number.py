@@ -6,7 +6,7 @@ from agreement import assert_agree, assert_same_bits
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from optimizers import ALL_OPTIMIZERS, OPTIMIZERS
-from problems import ODD_PROBLEMS, PROBLEMS
+from problems import ODD_PROBLEMS, PROBLEMS, STEP
 
 import metagrad as mg
 
@@ -23,6 +23,7 @@ def test_every_schedule_gives_the_same_bits(name, num_steps):
         assert_same_bits(mg.metagradient(*arguments, schedule=mg.Binomial(slots), wrt_params=True), wanted)
 
 
+@pytest.mark.skipif(bool(STEP), reason="such steps keep no graph")
 @pytest.mark.parametrize("name", ALL_PROBLEMS)
 def test_kept_graphs_change_no_number_but_by_rounding(name):
     arguments = ALL_PROBLEMS[name](5).arguments(OPTIMIZERS["adamw"], clip_norm=0.1)
@@ -48,6 +49,15 @@ def test_a_kept_graph_is_not_made_again():
         given = PROBLEM.metric, step, PROBLEM.params, batches, {}
         mg.metagradient(*given, schedule=mg.EveryStep(num_graphs), wrt_params=True)
         assert [calls.count(t) for t in range(5)] == expected
+
+
+def test_graphs_are_refused_where_there_are_none(tmp_path):
+    for options in ({"microbatch_size": 2}, {"curvature": "forward-over-reverse"}, {"compile": True}):
+        with pytest.raises(ValueError, match="keeps no graph"):
+            mg.metagradient(*PROBLEM.arguments(OPTIMIZERS["sgd"], **options), schedule=mg.EveryStep(num_graphs=2))
+    with pytest.raises(ValueError, match="do not outlive a process"):
+        arguments = PROBLEM.arguments(OPTIMIZERS["sgd"])
+        mg.metagradient(*arguments, schedule=mg.EveryStep(num_graphs=2), resume=tmp_path / "run")
 
 
 def test_no_number_of_graphs_below_one():
