@@ -37,8 +37,8 @@ class TrainStep:
         microbatch_size: examples differentiated at a time. Same gradient up to rounding, less memory; every tensor
             of a batch is then cut along its first axis. None: the whole batch at once.
         reverse_microbatch_size: another `microbatch_size` for the second derivatives, which take about three times the
-            memory of the first. Refused where the loss of an example depends on the others of its micro-batch, which costs
-            3 forward passes to see in each step that is reversed.
+            memory of the first. Refused where the loss of an example depends on the others of its micro-batch: to see that
+            costs 3 forward passes in each step that is reversed.
         clip_norm: upper bound of the gradient's global L2 norm, differentiated; the formula is that of
             `torch.nn.utils.clip_grad_norm_`.
         seed: start of the random numbers that the loss may draw (dropout). They are part of the state, so a replay
@@ -47,8 +47,8 @@ class TrainStep:
             numbers are those of the uncompiled step but for rounding, and the same in every run. Making a graph takes
             seconds to minutes, once; where it cannot be made a warning says why.
         curvature: how the way back through a gradient is computed (docs/speed.md): "reverse-over-reverse",
-            "forward-over-reverse", "reverse-over-forward", or "auto", the fastest of them. Where a loss uses an operation
-            that the others are not tested with, or one of them does not agree with the first, the first is taken.
+            "forward-over-reverse", "reverse-over-forward", or "auto", the fastest of them. The first is taken where a
+            loss uses an operation that the others are not tested with, or where one of them does not agree with it.
         constant_buffers: take buffers (running statistics) as constants. Otherwise they are state like any other, and
             a metric or a loss that reads them is differentiated through them.
 
