@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpg.process import collector_paused, keep_freed_memory
+from dpg.upkeep import collector_paused, keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from dpg.process import collector_paused
+from dpg.upkeep import collector_paused
 
 MIN_WORDS = 5
 MAX_CHARACTERS = 240

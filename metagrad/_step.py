@@ -37,8 +37,8 @@ class TrainStep:
         microbatch_size: examples differentiated at a time. Same gradient up to rounding, less memory; every tensor
             of a batch is then cut along its first axis. None: the whole batch at once.
         reverse_microbatch_size: another `microbatch_size` for the second derivatives, which take about three times the
-            memory of the first. Refused where the loss of an example depends on the others of its micro-batch: to see that
-            costs 3 forward passes in each step that is reversed.
+            memory of the first. Refused where the loss of an example depends on the others of its micro-batch; to see
+            that costs 3 forward passes in each step that is reversed.
         clip_norm: upper bound of the gradient's global L2 norm, differentiated; the formula is that of
             `torch.nn.utils.clip_grad_norm_`.
         seed: start of the random numbers that the loss may draw (dropout). They are part of the state, so a replay

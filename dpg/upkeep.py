@@ -1,4 +1,4 @@
-"""What the process of an experiment is told about its memory, before and beside the work itself."""
+"""What Python and the C library do with memory while an experiment runs."""
 
 import ctypes
 import gc

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from dpg.process import collector_paused
+from dpg.upkeep import collector_paused
 
 HELD = """
 import re, sys
 from pathlib import Path
-from dpg.process import keep_freed_memory
+from dpg.upkeep import keep_freed_memory
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text()).group(1)) / 1000
