@@ -1,6 +1,8 @@
 """Cross-entropy of a linear read-out over many classes, without ever holding all logits."""
 
-from typing import Any, TypeAlias
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from einops import rearrange
@@ -12,6 +14,7 @@ IGNORED = -100  # torch's own mark of a position that has no label
 
 Rows: TypeAlias = Float[Tensor, "rows width"]
 Matrix: TypeAlias = Float[Tensor, "classes width"]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def linear_cross_entropy(
@@ -47,18 +50,27 @@ def linear_cross_entropy(
         raise ValueError(f"`chunk_size` is {chunk_size}. Pass at least 1.")
     if labels.is_floating_point():
         raise ValueError(f"labels are {labels.dtype}. Pass integers from 0 on, and {IGNORED} where there is no label.")
-    # As outside of autocast: what is summed over a vocabulary is not rounded to bfloat16.
+    # One type, and autocast off below: what is summed over a vocabulary is not rounded to bfloat16.
     kind = torch.promote_types(hidden.dtype, weight.dtype)
     rows = rearrange(hidden.to(kind), "... width -> (...) width")
-    with torch.autocast(hidden.device.type, enabled=False):
-        losses: Tensor = _Losses.apply(rows, weight.to(kind), labels.reshape(-1), chunk_size)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    losses: Tensor = _Losses.apply(rows, weight.to(kind), labels.reshape(-1), chunk_size)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return losses.view(labels.shape)
+
+
+def _without_autocast(method: Method) -> Method:
+    @wraps(method)
+    def run(ctx: Any, first: Tensor, *others: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(ctx, first, *others)
+
+    return cast(Method, run)
 
 
 class _Losses(torch.autograd.Function):
     """hidden, weight ↦ losses."""
 
     @staticmethod
+    @_without_autocast
     def forward(ctx: Any, hidden: Rows, weight: Matrix, labels: Tensor, chunk_size: int) -> Float[Tensor, " rows"]:
         ctx.save_for_backward(hidden, weight, labels)
         ctx.chunk_size = chunk_size
@@ -84,6 +96,7 @@ class _Gradients(torch.autograd.Function):
     """
 
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any, hidden: Rows, weight: Matrix, labels: Tensor, b: Tensor, chunk_size: int
     ) -> tuple[Rows, Matrix]:
@@ -98,6 +111,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, u: Rows, v: Matrix) -> tuple[Tensor | None, ...]:
         """With q = uWᵀ + hVᵀ, S = ⟨u, DW⟩ + ⟨V, Dᵀh⟩ = ⟨D, q⟩; the logits' cotangent is z̄ = b∘p∘(q − Σp∘q)."""
         hidden, weight, labels, b = ctx.saved_tensors

@@ -141,6 +141,8 @@ def test_autocast_does_not_round_it():
     with torch.autocast("cpu", torch.bfloat16):
         losses = mg.linear_cross_entropy(hidden, weight, labels)
         mixed = mg.linear_cross_entropy(hidden @ torch.eye(3).float(), weight, labels)
+        gradient = torch.autograd.grad(mixed.sum(), weight, create_graph=True)[0]
+        second = torch.autograd.grad(gradient.sin().sum(), weight)[0]
     assert losses.dtype == mixed.dtype == torch.float32
     torch.testing.assert_close(losses, cross_entropy(hidden @ weight.T, labels, reduction="none"))
-    torch.autograd.grad(mixed.sum(), weight)
+    assert gradient.dtype == second.dtype == torch.float32
