@@ -143,7 +143,7 @@ def loss_gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor
     """∇_θ loss in the order of `params`; zeros for parameters it does not use.
 
     Raises:
-        ValueError: if it uses none of them.
+        ValueError: if it uses none of them, or has a sparse gradient.
     """
     leaves = list(params.values())
     found = (
@@ -155,4 +155,6 @@ def loss_gradient(loss: Scalar, params: Params, keep_graph: bool) -> list[Tensor
             "the loss does not depend on the parameters. Use the `params` it is given: "
             "torch.func.functional_call(model, params, ...), not model(...)."
         )
+    if sparse := [name for name, g in zip(params, found, strict=True) if g is not None and g.is_sparse]:
+        raise ValueError(f"the gradient of {', '.join(sparse)} is sparse. Use torch.nn.Embedding without sparse=True.")
     return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]

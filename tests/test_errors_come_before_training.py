@@ -346,3 +346,12 @@ def test_a_function_that_returns_no_transformation_is_refused():
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode"):
         run(Squares())
+
+
+def test_a_sparse_gradient_is_refused_by_name():
+    def loss(params, batch, meta):
+        return torch.nn.functional.embedding(batch, params["table"], sparse=True).sum(1).square()
+
+    arguments = lambda s: s.params["table"].sum(), mg.TrainStep(loss, mg.optim.sgd(0.1)), {"table": torch.ones(4, 2)}
+    with pytest.raises(ValueError, match="gradient of table is sparse"):
+        mg.metagradient(*arguments, [torch.tensor([0, 1])], {})
