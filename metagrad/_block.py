@@ -1,5 +1,6 @@
 """What an elementwise optimizer is made of: blocks of entries, and a rule for each entry."""
 
+from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
 from jaxtyping import Float
@@ -35,7 +36,7 @@ class Pulled(NamedTuple):
     values: dict[str, Tensor]
 
 
-class Rule(Protocol):
+class Rule(Hashable, Protocol):
     """An optimizer's formulas for one entry, as operations on blocks of them."""
 
     def at(self, now: Values, count: int, /) -> Values:

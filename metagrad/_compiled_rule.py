@@ -29,12 +29,12 @@ class CompiledRule:
         """That of the rule, to rounding."""
         if torch.is_grad_enabled():
             return self.rule.update(values, block)
-        change, memory = _kernel(self.rule.update)(_tensors(values, block), block)
+        change, memory = _kernel(self.rule, "update")(_tensors(values, block), block)
         return change, memory
 
     def pull(self, values: Values, block: Block, update: Entries, memory: list[Entries], wanted: Wanted) -> Pulled:
         """That of the rule, to rounding."""
-        made: Pulled = _kernel(self.rule.pull)(_tensors(values, block), block, update, memory, wanted)
+        made: Pulled = _kernel(self.rule, "pull")(_tensors(values, block), block, update, memory, wanted)
         return made
 
 
@@ -45,8 +45,12 @@ def _tensors(values: Values, block: Block) -> Values:
 
 
 @cache
-def _kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` compiled for each kind of numbers, at the first call proved; itself where that fails."""
+def _kernel(rule: Rule, name: str) -> Callable[..., Any]:
+    """A formula compiled for each kind of numbers, at the first call proved; itself where that fails.
+
+    By the rule, not by its bound method: an optimizer that is a function of `meta` makes an equal rule at every step.
+    """
+    function: Callable[..., Any] = getattr(rule, name)
     kernels: dict[object, Callable[..., Any]] = {}
 
     def run(values: Values, block: Block, *others: Any) -> Any:

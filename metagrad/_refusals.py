@@ -121,8 +121,7 @@ def refuse_missing_derivatives(outputs: Sequence[Tensor]) -> None:
     torch leaves the result of a backward marked @once_differentiable without a path to its inputs, and a missing path
     would be taken as a zero.
     """
-    # Such a node is an end of the graph; to ask every node for its name takes longer.
-    if any(not node.next_functions and node.name() == "torch::autograd::Error" for node in graph_of(outputs)):
+    if any(node.name() == "torch::autograd::Error" for node in graph_of(outputs)):
         raise MissingDerivativeError(
             "the loss uses a function marked @once_differentiable, and a second derivative is needed. Write its "
             "backward in differentiable operations, or replace the function."
