@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from metagrad._types import Params, Scalar, Tree
 AUTO = "auto"
 FAST = tuple(name for name in MODES if name != REFERENCE)
 WRONG = "it gives another derivative than reverse-over-reverse"
+
+Given: TypeAlias = tuple[Inputs, Cotangents, Cotangents, bool]
+"""What a `Mode` is given besides the loss."""
 
 
 class Choice(NamedTuple):
@@ -39,9 +42,9 @@ def choose(requested: str, evaluate: Evaluate, at: Inputs) -> Choice:
     Cost: each mode once, with "auto" twice, for the first run of a mode pays for what later ones do not.
     """
     # Not those of the run, which may be zeros and prove nothing.
-    given = at, [_drawn(at.params)], [_drawn(at.buffers)], True
+    given: Given = at, [_drawn(at.params)], [_drawn(at.buffers)], True
     names = FAST if requested == AUTO else (requested,)
-    results, rejected = _tried(names, evaluate, *given)
+    results, rejected = _tried(names, evaluate, given)
     if wrong := [name for name, reason in rejected.items() if reason == WRONG]:
         warnings.warn(
             f"{' and '.join(wrong)} gives another derivative of this loss than {REFERENCE}, which takes its place.",
@@ -56,7 +59,7 @@ def choose(requested: str, evaluate: Evaluate, at: Inputs) -> Choice:
     fit = [name for name in results if name not in rejected]
     if requested != AUTO or len(fit) == 1:
         return Choice(fit[-1], {}, rejected)
-    seconds = {name: _seconds(MODES[name], evaluate, *given) for name in fit}
+    seconds = {name: _seconds(MODES[name], evaluate, given) for name in fit}
     return Choice(min(fit, key=seconds.__getitem__), seconds, rejected)
 
 
@@ -65,11 +68,8 @@ def _drawn(tree: Tree) -> list[Tensor]:
     return [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in floating_leaves(tree)]
 
 
-def _tried(
-    names: Iterable[str], evaluate: Evaluate, at: Inputs, gammas: Cotangents, ends: Cotangents, wrt_params: bool
-) -> tuple[dict[str, list[Pulled]], dict[str, str]]:
+def _tried(names: Iterable[str], evaluate: Evaluate, given: Given) -> tuple[dict[str, list[Pulled]], dict[str, str]]:
     """What the reference and the modes of these names give, and why some of them are not to be used."""
-    given = at, gammas, ends, wrt_params
     results: dict[str, list[Pulled]] = {}
     rejected = {}
     for name in names:  # Before the reference, whose work would be lost if the loss is not covered.
@@ -120,12 +120,10 @@ class _Types(TorchFunctionMode):
         return watched
 
 
-def _seconds(
-    mode: Mode, evaluate: Evaluate, at: Inputs, gammas: Cotangents, ends: Cotangents, wrt_params: bool
-) -> float:
-    start = _now(at)
-    mode(evaluate, at, gammas, ends, wrt_params)
-    return _now(at) - start
+def _seconds(mode: Mode, evaluate: Evaluate, given: Given) -> float:
+    start = _now(given[0])
+    mode(evaluate, *given)
+    return _now(given[0]) - start
 
 
 def _now(at: Inputs) -> float:

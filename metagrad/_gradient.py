@@ -101,8 +101,6 @@ def metagradient(
         raise ValueError("with `resume` the states are kept in its folder. Leave `store` out.")
     if resume is not None and isinstance(step, TrainStep) and step.curvature == AUTO:
         raise ValueError('with `resume` a run goes on as it began, and curvature="auto" goes by the clock. Name one.')
-    if resume is not None and isinstance(schedule, Schedule) and schedule.num_graphs > 1:
-        raise ValueError("graphs do not outlive a process, so with `resume` `num_graphs` must be 1. Leave it out.")
     meta, run = prepared(step, params, batches, meta, wrt_params, progress, allow_low_precision)
     objective = Objective.of(metric, len(batches))
     # Before training, whose work would be lost; a single step costs no more than to try.
@@ -199,8 +197,10 @@ def _scheduled(
         raise ValueError(f"`schedule` is {schedule!r}. Pass a schedule such as mg.Binomial(slots=8), or an mg.Budget.")
     if not isinstance(store, Store | None):
         raise ValueError(f"`store` is {store!r}. Pass mg.RamStore(), or mg.DiskStore(folder).")
-    if isinstance(run.step, TrainStep) and isinstance(schedule, Schedule) and schedule.num_graphs > 1:
-        if not run.step.keeps_graph:
+    if isinstance(schedule, Schedule) and schedule.num_graphs > 1:
+        if resume is not None:
+            raise ValueError("graphs do not outlive a process, so with `resume` `num_graphs` must be 1. Leave it out.")
+        if isinstance(run.step, TrainStep) and not run.step.keeps_graph:
             raise ValueError(
                 f"`num_graphs` is {schedule.num_graphs}, but a step with micro-batches, a `curvature` or compile=True "
                 "keeps no graph. Leave one of the two out."

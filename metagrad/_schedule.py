@@ -47,9 +47,9 @@ class Schedule(ABC):
                 stop = start
             actions.append(Drop(start))
         if reversed_to is not None:
-            return Plan([], actions, len(kept), self.num_graphs)
+            return Plan([], actions, len(kept))
         end = _metric_in(actions)
-        return Plan(actions[:end], actions[end + 1 :], len(kept), self.num_graphs)
+        return Plan(actions[:end], actions[end + 1 :], len(kept))
 
     def thinned(self, kept: Sequence[int], stop: int) -> list[int]:
         """Those of the `kept` states, ascending from 0, with which to go on reversing the steps before `stop`."""

@@ -240,7 +240,7 @@ NATIVE = {
     "where": Operation(lambda x: torch.where(x > 0, x.exp(), x.sin()).clamp(-0.5, 2).masked_fill(x > 1, 0.3)),
     **{
         name: Operation(getattr(torch, name))
-        for name in "cos tan tanh sinh cosh asinh atan erf expm1 abs square neg exp2 sign floor".split()
+        for name in "cos tan sinh cosh asinh atan erf expm1 abs square neg exp2 sign floor".split()
     },
     **{
         name: Operation(lambda x, name=name: getattr(torch, name)(x.exp()))

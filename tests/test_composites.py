@@ -1,6 +1,5 @@
 """Every operation of the table has the right second derivative in every mode, whatever torch's own formulas give."""
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -23,10 +22,8 @@ from metagrad._tree import joined
 
 OPERATIONS = {**COMPOSITE, **NATIVE}
 FAST = [FORWARD, REVERSE]
-UNTRUSTED = [
-    "batch_norm, evaluated",
-    "instance_norm, evaluated",
-]  # Right, and refused: see the test of what is covered.
+# Right, and refused: see the test of what is covered.
+UNTRUSTED = ["batch_norm, evaluated", "instance_norm, evaluated"]
 
 # The nodes of torch's own operations for which there are composites.
 UNSAFE = {
@@ -119,17 +116,6 @@ def test_a_composite_has_torchs_values_and_random_numbers(name, rules):
     assert torch.equal(torch.get_rng_state(), drawn)
 
 
-def nodes(*outputs: Tensor) -> Iterator[str]:
-    """The names of all operations that `outputs` were computed by."""
-    waiting, seen = [output.grad_fn for output in outputs if output.grad_fn is not None], set()
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            yield node.name()
-            waiting += [following for following, _ in node.next_functions if following is not None]
-
-
 @pytest.mark.parametrize("rules", [{}, JETS], ids=FAST)
 @pytest.mark.parametrize("name", COMPOSITE)
 def test_no_unsafe_operation_is_differentiated(name, rules):
@@ -141,7 +127,7 @@ def test_no_unsafe_operation_is_differentiated(name, rules):
         ]
         with Composites(rules):
             y = question.value(dict(zip(params, duals, strict=True)))
-        used = set(nodes(*forward_ad.unpack_dual(y)))
+        used = {node.name() for node in graph_of(forward_ad.unpack_dual(y))}
     assert used and not used & UNSAFE
 
 
