@@ -87,8 +87,9 @@ class RunFolder:
             # Before any state that a step led to is kept: it tells a later process whether its step is another.
             self._write("witness", state.step, self.witness.table(state.step))
         if self.final is None and state.step not in self._planned and self._due():
-            self._write("state", state.step, Kept(state, None))
+            # The digests first, so that there are always those of the newest state.
             self._write("witness", state.step, self.witness.table(state.step))
+            self._write("state", state.step, Kept(state, None))
 
     def trained(self, state: State) -> None:
         """Keep the trained state, of which nothing else is left once the reverse pass has begun."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import metagrad as mg
+from metagrad import _resume
 
 torch.set_default_dtype(torch.float64)
 torch.set_num_threads(1)
@@ -124,8 +125,16 @@ class Death(NamedTuple):
     name: str = ""
 
 
-def mortal_run(setup: Setup, num_steps: int, folder: Path, results: Path, death: Death | None) -> None:
-    """The run of `setup` in `folder`, its tensors saved to `results`; unless death comes before."""
+def mortal_run(
+    setup: Setup, num_steps: int, folder: Path, results: Path, death: Death | None, pause: float | None = None
+) -> None:
+    """The run of `setup` in `folder`, its tensors saved to `results`; unless death comes before.
+
+    Args:
+        pause: instead of the library's own between two bookmarks; 0 for one at every step.
+    """
+    if pause is not None:
+        _resume.PAUSE = pause
     left = death.count if death is not None else -1
 
     def count_down() -> None:

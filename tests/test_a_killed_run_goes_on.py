@@ -93,6 +93,22 @@ def test_a_run_cut_off_by_an_error_goes_on(name, kind, tmp_path):
     assert same(tensors(result), uninterrupted(setup, tmp_path / "states"))
 
 
+@pytest.mark.parametrize("operation", ["os.rename", "os.remove"])
+@pytest.mark.parametrize("name", SETUPS)
+def test_a_kill_before_any_operation_on_files_changes_no_bit(name, operation, tmp_path):
+    # With a bookmark at every step there are all operations that there can be; the last number meets none any more.
+    setup, num_steps, wanted = SETUPS[name], 4, tensors(call(SETUPS[name], 4, store=mg.DiskStore(tmp_path / "store")))
+    for count in range(1, 100):
+        folder, results = tmp_path / f"run{count}", tmp_path / f"results{count}"
+        process = forked(mortal_run, setup, num_steps, folder, results, Death(operation, count), 0.0)
+        process.join()
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -9
+        assert same(tensors(call(setup, num_steps, resume=folder)), wanted)
+    assert count > num_steps and same(torch.load(results), wanted)
+
+
 def test_a_single_step_goes_on(tmp_path):
     setup = SETUPS["binomial"]
     wanted = tensors(call(setup, 1))
