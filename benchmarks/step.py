@@ -40,7 +40,7 @@ CALLERS = rf"metagrad/|{COMPILED}"
 # The group of what was called, directly or not, from a function that fits; the first one counts.
 BY_CALLER = {
     r"metagrad/(_refusals|_witness)\.py|: (_check_finite|not_finite|_batch)$": CHECKS,
-    r"metagrad/(optim|_elementwise|_rules|_transformation|_groups|_muon|_adapter)\.py|: _update$": UPDATE,
+    r"metagrad/(optim|_elementwise|_block|_kernels|_rules|_fused|_transformation|_groups|_muon|_adapter)\.py": UPDATE,
 }
 # The group of the others by their own name. Products of batches of matrices occur in attention alone.
 BY_NAME = {

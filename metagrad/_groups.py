@@ -63,20 +63,29 @@ def groups(rule: Rule, transformations: Mapping[str, GradientTransformation]) ->
             results.update(changes)
         return {name: results[name] for name in updates}, new
 
+    def apply(gradient: Params, state: dict[str, Tree], params: Params) -> Made:
+        results: Params = {}
+        new: dict[str, Tree] = {}
+        for label, own in part(gradient).items():
+            changed, new[label] = members[label].apply(own, state[label], {name: params[name] for name in own})
+            results.update(changed)
+        return Made({name: results[name] for name in params}, new)
+
     def pull(given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool) -> tuple[Given, list[Tensor]]:
         to_gradient: Params = {}
         to_params: Params = {}
         states: dict[str, Tree] = {}
         to_meta = [torch.zeros_like(leaf) for leaf in meta]
         for label, own in part(given.gradient).items():
-            of_group, change = ({name: tree[name] for name in own} for tree in (given.params, cotangent.updates))
-            end = Made(change, cotangent.state[label])
-            back, more = members[label].pull(Given(own, given.state[label], of_group), end, meta, wrt_state)
+            params, end = ({name: tree[name] for name in own} for tree in (given.params, cotangent.params))
+            back, more = members[label].pull(
+                Given(own, given.state[label], params), Made(end, cotangent.state[label]), meta, wrt_state
+            )
             to_gradient.update(back.gradient)
-            to_params.update(back.params or {name: torch.zeros_like(p) for name, p in of_group.items()})
+            to_params.update(back.params or {})
             states[label], to_meta = back.state, add(to_meta, more)
         return Given(to_gradient, *((states, to_params) if wrt_state else (None, None))), to_meta
 
     return Transformation(
-        init, update, pull, lambda: groups(rule, {label: member.compiled() for label, member in members.items()})
+        init, update, apply, pull, lambda: groups(rule, {label: member.compiled() for label, member in members.items()})
     )

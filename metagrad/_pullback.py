@@ -48,13 +48,12 @@ class StepPullback:
         gammas = [nonzero(floating_leaves(given.gradient)) for given, _ in direct]
         second = self._through_gradient(gammas, [nonzero(end) for end in ends])
         pulled = []
-        for params, (given, to_meta), through in zip(to_params, direct, second, strict=True):
+        for (given, to_meta), through in zip(direct, second, strict=True):
             state = None
             if self.wrt_state:
-                for parts in (floating_leaves(given.params), through.params):
-                    # In place: the parameters' cotangent passes the update as it is, and what is added is let go.
-                    for total, part in zip(params, parts, strict=False):
-                        total.add_(part)
+                params = floating_leaves(given.params)
+                for total, part in zip(params, through.params, strict=True):
+                    total.add_(part)
                 state = [*params, *floating_leaves(given.state), *through.buffers]
             pulled.append(Pullback(state, add(to_meta, through.meta)))
         return pulled

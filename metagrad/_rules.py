@@ -1,120 +1,108 @@
-"""The formulas of SGD and Adam for one entry, and their pullbacks; x̄ is the cotangent of x."""
+"""How SGD and Adam make a direction of a gradient, entry by entry, and the pullbacks; x̄ is the cotangent of x."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from metagrad._block import Block, Entries, Pulled, Values, Wanted
+from metagrad._block import Block, Entries, Out, Shares, Values, Wanted
+from metagrad._fused import dot, mixed, plus, plus_product, plus_quotient
 
 
 @dataclass(frozen=True)
 class SgdRule:
-    """g ← g + decay·θ;  v ← kept·v + share·g;  u = −lr·(v, or g + kept·v with Nesterov's look ahead, or g alone)."""
+    """v ← kept·v + share·g;  d = v, or g + kept·v with Nesterov's look ahead, or g alone."""
 
     nesterov: bool
     decays: bool
+    decoupled = False
 
     def at(self, now: Values, count: int) -> Values:
         # A Python number, not torch.where: a where of two Python numbers is float32 whatever the parameters are.
-        return {**now, "share": 1.0 if count == 0 else 1.0 - now["dampening"], "later": float(count > 0)}
+        return {**now, "share": 1.0 if count == 0 else 1.0 - now["dampening"]}
 
-    def update(self, now: Values, block: Block) -> tuple[Entries, list[Entries]]:
-        gradient = block.gradient + now["weight_decay"] * block.params if self.decays else block.gradient
+    def direction(self, now: Values, gradient: Entries, memory: list[Entries], out: Out) -> list[Entries]:
+        if not memory:
+            return [gradient]
+        kept = torch.mul(memory[0], now["momentum"], out=out[0])
+        velocity = plus(kept, now["share"], gradient, out=out[0])
+        return [plus(gradient, now["momentum"], velocity) if self.nesterov else velocity, velocity]
+
+    def pull(self, now: Values, block: Block, ends: list[Entries], out: Entries, wanted: Wanted) -> Shares:
         if not block.memory:
-            return -now["lr"] * gradient, []
-        velocity = now["momentum"] * block.memory[0] + now["share"] * gradient
-        direction = gradient + now["momentum"] * velocity if self.nesterov else velocity
-        return -now["lr"] * direction, [velocity]
-
-    def pull(self, now: Values, block: Block, update: Entries, memory: list[Entries], wanted: Wanted) -> Pulled:
-        gradient = block.gradient + now["weight_decay"] * block.params if self.decays else block.gradient
-        direction = gradient
-        to_gradient = to_direction = -now["lr"] * update
-        back: list[Entries] = []
-        values: dict[str, Tensor] = {}
-        if block.memory:
-            kept, share, before = now["momentum"], now["share"], block.memory[0]
-            velocity = kept * before + share * gradient
-            direction = gradient + kept * velocity if self.nesterov else velocity
-            to_velocity = kept * to_direction if self.nesterov else to_direction
-            to_velocity = memory[0] + to_velocity if memory else to_velocity
-            to_gradient = share * to_velocity + (to_direction if self.nesterov else 0.0)
-            back = [kept * to_velocity] if wanted.state else []
-            if wanted.values:
-                ahead = _dot(to_direction, velocity) if self.nesterov else 0.0
-                values["momentum"] = _dot(to_velocity, before) + ahead
-                values["dampening"] = -now["later"] * _dot(to_velocity, gradient)
+            out.copy_(ends[0])
+            return {}
+        kept, share, (before,), (to_direction, to_velocity) = now["momentum"], now["share"], block.memory, ends
+        plus(to_velocity, kept if self.nesterov else 1.0, to_direction, out=to_velocity)
+        torch.mul(to_velocity, share, out=out)
+        if self.nesterov:
+            out.add_(to_direction)
+        shares: Shares = {}
         if wanted.values:
-            values |= {"lr": -_dot(update, direction), "weight_decay": _dot(to_gradient, block.params)}
-        to_params = now["weight_decay"] * to_gradient if self.decays and wanted.state else None
-        return Pulled(to_gradient, to_params, back, values)
+            shares = {"momentum": dot(to_velocity, before), "share": dot(to_velocity, block.gradient)}
+            if self.nesterov:
+                velocity = self.direction(now, block.gradient, block.memory, [None])[1]
+                shares["momentum"] += dot(to_direction, velocity)
+        to_velocity.mul_(kept)
+        return shares
 
 
 @dataclass(frozen=True)
 class AdamRule:
-    """m ← β₁m + (1 − β₁)g;  v ← β₂v + (1 − β₂)g²;  u = −lr·(m/c₁)/(√(v/c₂ + eps_root) + eps), cₖ = 1 − βₖᵗ.
+    """m ← β₁m + (1 − β₁)g;  v ← β₂v + (1 − β₂)g²;  d = m/(√(scale·v + inside) + outside).
 
-    The decay is added to u (`decoupled`) or to g.
+    That is (m/c₁)/(√(v/c₂ + eps_root) + eps) with cₖ = 1 − βₖᵗ, multiplied by c₁ above and below.
     """
 
     decoupled: bool
     decays: bool
 
     def at(self, now: Values, count: int) -> Values:
-        step, beta1, beta2 = count + 1, now["betas[0]"], now["betas[1]"]
-        # How the corrections c change with their β.
-        slopes = {"slope1": step * beta1**count, "slope2": step * beta2**count}
-        return {**now, "scale1": 1 - beta1**step, "scale2": 1 - beta2**step, **slopes}
+        first, second = (1 - now[name] ** (count + 1) for name in ("betas[0]", "betas[1]"))
+        square = first * first
+        return {
+            **now,
+            "scale": square / second,
+            "inside": square * now["eps_root"],
+            "outside": first * now["eps"],
+        }
 
-    def update(self, now: Values, block: Block) -> tuple[Entries, list[Entries]]:
-        gradient = self._decayed(now, block.gradient, block, not self.decoupled)
-        beta1, beta2 = now["betas[0]"], now["betas[1]"]
-        mean = beta1 * block.memory[0] + (1 - beta1) * gradient
-        square = beta2 * block.memory[1] + (1 - beta2) * gradient * gradient
-        root = (square / now["scale2"] + now["eps_root"]).sqrt()
-        direction = (mean / now["scale1"]) / (root + now["eps"])
-        return -now["lr"] * self._decayed(now, direction, block, self.decoupled), [mean, square]
+    def direction(self, now: Values, gradient: Entries, memory: list[Entries], out: Out) -> list[Entries]:
+        mean, square = self._means(now, gradient, memory, out)
+        return [mean / (self._root(now, square) + now["outside"]), mean, square]
 
-    def pull(self, now: Values, block: Block, update: Entries, memory: list[Entries], wanted: Wanted) -> Pulled:
-        gradient = self._decayed(now, block.gradient, block, not self.decoupled)
-        beta1, beta2, scale1, scale2 = now["betas[0]"], now["betas[1]"], now["scale1"], now["scale2"]
-        mean = beta1 * block.memory[0] + (1 - beta1) * gradient
-        square = beta2 * block.memory[1] + (1 - beta2) * gradient * gradient
-        root = (square / scale2 + now["eps_root"]).sqrt()
-        divisor = root + now["eps"]
-        direction = mean / divisor / scale1
-
-        to_direction = -now["lr"] * update
-        divided = to_direction / divisor
-        to_mean = divided / scale1
-        to_divisor = -divided * direction
-        to_inside = to_divisor / root / 2
-        to_square = to_inside / scale2
-        if memory:
-            to_mean, to_square = memory[0] + to_mean, memory[1] + to_square
-        to_gradient = (1 - beta1) * to_mean + (2 * (1 - beta2)) * gradient * to_square
-
-        decayed = to_direction if self.decoupled else to_gradient
-        values: dict[str, Tensor] = {}
+    def pull(self, now: Values, block: Block, ends: list[Entries], out: Entries, wanted: Wanted) -> Shares:
+        mean, square = self._means(now, block.gradient, block.memory, [None, None])
+        root = self._root(now, square)
+        divisor = root + now["outside"]
+        to_direction, to_mean, to_square = ends
+        quotient = to_direction.div_(divisor)
+        to_mean.add_(quotient)
+        # −d̄·d is the divisor's cotangent times the divisor, and half of that over the root is the sum's below the root.
+        product = quotient.mul_(mean)
+        divided = divisor.mul_(root)
+        plus_quotient(to_square, -0.5 * now["scale"], product, divided, out=to_square)
+        torch.mul(to_mean, 1 - now["betas[0]"], out=out)
+        plus_product(out, 2 * (1 - now["betas[1]"]), block.gradient, to_square, out=out)
+        shares: Shares = {}
         if wanted.values:
-            values = {
-                "lr": -_dot(update, self._decayed(now, direction, block, self.decoupled)),
-                "betas[0]": _dot(to_mean, block.memory[0] - gradient)
-                + _dot(to_direction, direction) / scale1 * now["slope1"],
-                "betas[1]": _dot(to_square, block.memory[1] - gradient * gradient)
-                + _dot(to_inside, square) / scale2**2 * now["slope2"],
-                "eps": to_divisor.sum(),
-                "eps_root": to_inside.sum(),
-                "weight_decay": _dot(decayed, block.params),
+            to_divisor = -product * root / divided
+            to_inside = to_divisor / (2 * root)
+            gradient, (mean_before, square_before) = block.gradient, block.memory
+            shares = {
+                "betas[0]": dot(to_mean, mean_before - gradient),
+                "betas[1]": dot(to_square, square_before - gradient * gradient),
+                "scale": dot(to_inside, square),
+                "inside": to_inside.sum(),
+                "outside": to_divisor.sum(),
             }
-        if not wanted.state:
-            return Pulled(to_gradient, None, [], values)
-        to_params = now["weight_decay"] * decayed if self.decays else None
-        return Pulled(to_gradient, to_params, [beta1 * to_mean, beta2 * to_square], values)
+        to_mean.mul_(now["betas[0]"])
+        to_square.mul_(now["betas[1]"])
+        return shares
 
-    def _decayed(self, now: Values, entries: Entries, block: Block, here: bool) -> Entries:
-        return entries + now["weight_decay"] * block.params if self.decays and here else entries
+    def _means(self, now: Values, gradient: Entries, memory: list[Entries], out: Out) -> tuple[Entries, Entries]:
+        mean = mixed(memory[0], 1 - now["betas[0]"], gradient, out=out[0])
+        return mean, mixed(memory[1], 1 - now["betas[1]"], gradient * gradient, out=out[1])
 
-
-def _dot(left: Entries, right: Entries) -> Tensor:
-    return (left * right).sum()
+    def _root(self, now: Values, square: Entries) -> Tensor:
+        return (square * now["scale"]).add_(now["inside"]).sqrt()

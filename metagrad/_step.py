@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
-import torchopt
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
@@ -217,8 +216,7 @@ class TrainStep:
         """The state after the update by a gradient (in the order of the parameters)."""
         params = state.params
         gradient = dict(zip(params, evaluated.gradient, strict=True))
-        updates, optimizer = self._transformation(meta).update(gradient, state.optimizer, params=params, inplace=False)
-        new: Params = torchopt.apply_updates(params, updates, inplace=False)
+        new, optimizer = self._transformation(meta).apply(gradient, state.optimizer, params)
         refuse_changed_shapes(params, new)
         return State(new, evaluated.end.buffers, optimizer, evaluated.end.rng, state.step + 1)
 

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import optree
 import torch
+import torchopt
 from jaxtyping import Int
 from torch import Tensor
 from torchopt.base import GradientTransformation
@@ -22,22 +23,26 @@ Hyperparameter: TypeAlias = Value | Callable[[int], Value]
 
 
 class Given(NamedTuple):
-    """What an update reads, or the cotangents of that."""
+    """What is given to an update, or the cotangents of that; None where nobody asked for them."""
 
     gradient: Tree
     state: Tree
-    params: Tree  # As a cotangent None stands for zeros, or for what nobody asked for.
+    params: Tree
 
 
 class Made(NamedTuple):
-    """What an update returns, or the cotangents of that."""
+    """The updated parameters and the new state of the optimizer, or the cotangents of that."""
 
-    updates: Tree
+    params: Tree
     state: Tree
 
 
-class PullUpdate(Protocol):
-    """From the cotangents of an update's results to those of what it was given, and of `meta`.
+Apply: TypeAlias = Callable[[Tree, Tree, Tree], Made]
+"""From gradient, state and parameters to what is made of them."""
+
+
+class PullApply(Protocol):
+    """From the cotangents of what `apply` makes, which are used up, to those of what it was given, and of `meta`.
 
     `meta` are leaves that the hyperparameters may have been computed from; gradients are enabled inside. Those of the
     state and the parameters are None unless `wrt_state`.
@@ -52,74 +57,94 @@ class Transformation(GradientTransformation):
     """A gradient transformation that is known to be pure and differentiable: written here, or adapted.
 
     Attributes:
-        pull: its pullback; by autograd, where none is given.
+        apply: its update, added to the parameters.
+        pull: the pullback of `apply`; by autograd, where none is given.
         compiled: the same transformation on compiled kernels; itself, where there are none.
     """
 
-    pull: PullUpdate
+    apply: Apply
+    pull: PullApply
     compiled: Callable[[], "Transformation"]
 
     def __new__(  # type: ignore[no-untyped-def]  # a named tuple's
         cls,
         init: Callable[..., Tree],
         update: Callable[..., Tree],
-        pull: PullUpdate | None = None,
+        apply: Apply | None = None,
+        pull: PullApply | None = None,
         compiled: Callable[[], "Transformation"] | None = None,
     ):
-        """Of TorchOpt's two functions, the pullback of the second, and what makes both compiled."""
+        """Of TorchOpt's two functions; of the others where they are faster than what is made of these."""
         self = super().__new__(cls, init, update)
-        self.pull = pull or _pulled_by_autograd(update)
+        self.apply = apply or applied_by(update)
+        self.pull = pull or pulled_by_autograd(self.apply)
         self.compiled = compiled or (lambda: self)
         return self
 
 
 def chained(*links: Transformation) -> Transformation:
-    """One transformation after the other, as `torchopt.chain`, whose state it has, and each pulled back by itself."""
+    """One transformation after the other, as `torchopt.chain`, whose state it has; the last one is pulled by itself."""
+    *earlier, last = links
 
     def init(params: Tree) -> tuple[Tree, ...]:
         return tuple(link.init(params) for link in links)
 
-    def update(updates: Tree, state: Tree, *, params: Tree = None, inplace: bool = False) -> Made:
+    def reach(gradient: Tree, state: Tree, params: Tree) -> Made:
+        """What the last one is given for a gradient, and the new states of the others."""
         new = []
-        for link, own in zip(links, state, strict=True):
-            updates, changed = link.update(updates, own, params=params, inplace=False)
+        for link, own in zip(earlier, state, strict=False):
+            gradient, changed = link.update(gradient, own, params=params, inplace=False)
             new.append(changed)
-        return Made(updates, tuple(new))
+        return Made(gradient, tuple(new))
+
+    def update(updates: Tree, state: Tree, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Tree]:
+        reached, new = reach(updates, state, params)
+        updates, changed = last.update(reached, state[-1], params=params, inplace=False)
+        return updates, (*new, changed)
+
+    def apply(gradient: Tree, state: Tree, params: Tree) -> Made:
+        reached, new = reach(gradient, state, params)
+        made = last.apply(reached, state[-1], params)
+        return Made(made.params, (*new, made.state))
 
     def pull(given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool) -> tuple[Given, list[Tensor]]:
-        reached = [given.gradient]
+        *ends, end = cotangent.state
         with torch.no_grad():
-            for link, own in zip(links[:-1], given.state, strict=False):
-                reached.append(link.update(reached[-1], own, params=given.params, inplace=False)[0])
-        flowing, to_params, to_meta = cotangent.updates, None, [torch.zeros_like(leaf) for leaf in meta]
-        states: list[Tree] = []
-        for link, gradient, own, end in reversed(list(zip(links, reached, given.state, cotangent.state, strict=True))):
-            back, more = link.pull(Given(gradient, own, given.params), Made(flowing, end), meta, wrt_state)
-            flowing = back.gradient
-            states.append(back.state)
-            to_params = back.params if to_params is None else plus(to_params, back.params)
-            to_meta = add(to_meta, more)
-        return Given(flowing, tuple(reversed(states)) if wrt_state else None, to_params), to_meta
+            reached, _ = reach(*given)
+        back, to_meta = last.pull(
+            given._replace(gradient=reached, state=given.state[-1]), cotangent._replace(state=end), meta, wrt_state
+        )
+        first, more = pulled_by_autograd(reach)(
+            given._replace(state=given.state[:-1]), Made(back.gradient, tuple(ends)), meta, wrt_state
+        )
+        if not wrt_state:
+            return Given(first.gradient, None, None), add(to_meta, more)
+        params = with_floating_leaves(back.params, add(floating_leaves(back.params), floating_leaves(first.params)))
+        return Given(first.gradient, (*first.state, back.state), params), add(to_meta, more)
 
-    return Transformation(init, update, pull, lambda: chained(*(link.compiled() for link in links)))
-
-
-def plus(left: Tree, right: Tree | None) -> Tree:
-    """The sum of two trees of cotangents."""
-    if right is None:
-        return left
-    return with_floating_leaves(left, add(floating_leaves(left), floating_leaves(right)))
+    return Transformation(init, update, apply, pull, lambda: chained(*(link.compiled() for link in links)))
 
 
-def _pulled_by_autograd(update: Callable[..., Tree]) -> PullUpdate:
+def applied_by(update: Callable[..., Tree]) -> Apply:
+    """`update`, and its result added to the parameters."""
+
+    def apply(gradient: Tree, state: Tree, params: Tree) -> Made:
+        updates, new = update(gradient, state, params=params, inplace=False)
+        return Made(torchopt.apply_updates(params, updates, inplace=False), new)
+
+    return apply
+
+
+def pulled_by_autograd(apply: Apply) -> PullApply:
+    """The pullback of a differentiable function."""
+
     def pull(given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool) -> tuple[Given, list[Tensor]]:
         given = fresh(given)
-        made = update(given.gradient, given.state, params=given.params, inplace=False)
+        made = apply(*given)
         groups = [floating_leaves(given if wrt_state else given.gradient), meta]
+        ends = [floating_leaves(cotangent)]
         # Retained: what the hyperparameters were computed from serves several groups, and several metrics.
-        pulled = pull_gradient(floating_leaves(made), joined(groups), [floating_leaves(cotangent)], retain_graph=True)[
-            0
-        ]
+        pulled = pull_gradient(floating_leaves(made), joined(groups), ends, retain_graph=True)[0]
         to_given, to_meta = grouped(pulled, groups)
         if wrt_state:
             return with_floating_leaves(given, to_given), to_meta

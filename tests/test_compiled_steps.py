@@ -11,9 +11,10 @@ from problems import PROBLEMS
 
 import metagrad as mg
 from metagrad._agreement import disagreement
-from metagrad._block import Block, Wanted
-from metagrad._compiled_rule import CompiledRule
+from metagrad._block import After, Block, Wanted, pull
+from metagrad._kernels import compiled, tensors
 from metagrad._rules import SgdRule
+from metagrad._tree import independent
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
 
@@ -115,13 +116,14 @@ def test_too_many_shapes_run_uncompiled(monkeypatch):
 
 def test_many_optimizers_are_compiled_side_by_side():
     """More kernels than torch keeps of one piece of code; what is asked of each is right."""
-    values = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}
-    block = Block(*torch.randn(2, 5, generator=torch.Generator().manual_seed(1)), [torch.linspace(1, 2, 5)])
+    now = {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.01}
+    given = Block(torch.randn(5), torch.randn(5), [torch.randn(5)]), After(torch.randn(5), [torch.randn(5)])
     for nesterov, decays, state, asked in product([False, True], repeat=4):
         rule, wanted = SgdRule(nesterov, decays), Wanted(state, asked)
-        given = rule.at(values, 1), block, torch.ones(5), [torch.full((5,), 0.3)], wanted
+        values = tensors(rule.at(now, 1), torch.device("cpu"))
+        expected, found = independent([given, torch.zeros(5)]), independent([given, torch.zeros(5)])
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="compile=True has no effect")
-            found = CompiledRule(rule).pull(*given)
-        assert disagreement(found, rule.pull(*given)) is None
-        assert found.values.keys() == rule.pull(*given).values.keys()
+            shares = compiled(pull)(rule, values, *found[0], found[1], wanted)
+        assert shares.keys() == (wanted_shares := pull(rule, values, *expected[0], expected[1], wanted)).keys()
+        assert disagreement([found, shares], [expected, wanted_shares]) is None
