@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dpg.upkeep import collector_paused, keep_freed_memory
+from dpg.upkeep import collector_paused, forget_what_stays, keep_freed_memory
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +42,7 @@ def run(
     with collector_paused():
         from dpg.preset import load, parse
         from dpg.run import run as run_experiment
+    forget_what_stays()
 
     options = {"seed": seed, "generator": generator, "target": target, "prompts": prompts, "function": metric}
     given = {key: value for key, value in options.items() if value is not None}

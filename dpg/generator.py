@@ -91,7 +91,8 @@ class Generator:
         if self.chat:
             rows = [self._chat_ids(prompt) for prompt in prompts]
         else:
-            rows = [ids[: self.max_prompt_tokens] for ids in self.tokenizer(prompts, verbose=False)["input_ids"]]
+            read = self.tokenizer(prompts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
+            rows = [ids[: self.max_prompt_tokens] for ids in read["input_ids"]]
             # Some tokenizers end a text themselves; a continuation of that would start another one.
             rows = [ids[:-1] if len(ids) > 1 and ids[-1] == end else ids for ids in rows]
         if empty := [prompt for prompt, ids in zip(prompts, rows, strict=True) if not ids]:

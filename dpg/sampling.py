@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 import metagrad as mg
 
@@ -50,7 +51,7 @@ def draw(
     # All at once, in (0, 1]: what a row gets does not depend on when others end.
     uniforms = 1 - torch.rand(len(owners), num_tokens, dtype=torch.float64, device=device)
     token_ids = torch.full((len(owners), num_tokens), end, device=device)
-    reader = _Reader(model, prompt_mask)
+    reader = _Reader(model, prompt_mask, num_tokens)
     logits = reader.read(prompt_ids)
     log_probs = torch.zeros(len(owners), num_tokens, dtype=_precise(logits), device=device)
     logits, rows = logits[owners], torch.arange(len(owners), device=device)  # Those that are still read,
@@ -92,10 +93,10 @@ def _precise(logits: Tensor) -> torch.dtype:
 
 
 class _Reader:
-    """The model with what it has read of each row, which changes: tokens are read, rows are dropped."""
+    """The model with what it has read of each row, which changes: up to `num_tokens` are read, rows are dropped."""
 
-    def __init__(self, model: PreTrainedModel, mask: Bool[Tensor, "rows tokens"]) -> None:
-        self.model, self.mask = model, mask
+    def __init__(self, model: PreTrainedModel, mask: Bool[Tensor, "rows tokens"], num_tokens: int) -> None:
+        self.model, self.mask, self.longest = model, mask, mask.shape[1] + num_tokens
         self.cache: dict[str, Cache] = {}
 
     def read(self, token_ids: Int[Tensor, "rows new"]) -> Float[Tensor, "rows vocabulary"]:
@@ -128,4 +129,35 @@ class _Reader:
         """Go on with these rows, in this order, some perhaps several times."""
         self.mask = self.mask[rows]
         for cache in self.cache.values():
+            layers = getattr(cache, "layers", [])
+            layers[:] = [_Roomy(each, self.longest) if type(each) is DynamicLayer else each for each in layers]
             cache.reorder_cache(rows)
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values with room for those to come; transformers' own joins all of them anew for each token."""
+
+    def __init__(self, layer: DynamicLayer, longest: int) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.keys, self.values, self.longest = layer.keys, layer.values, longest
+
+    def reorder_cache(self, beam_idx: Int[Tensor, " kept"]) -> None:
+        """Go on with these rows; called before the first `update`."""
+        seen = self.keys.shape[2]
+        # As the model computes them: the heads of one token beside each other.
+        shape = (len(beam_idx), self.longest, self.keys.shape[1])
+        self.rooms = [x.new_empty(*shape, x.shape[3]).transpose(1, 2) for x in (self.keys, self.values)]
+        for room, old in zip(self.rooms, (self.keys, self.values), strict=True):
+            room[:, :, :seen] = old[beam_idx]
+        self.keys, self.values = (room[:, :, :seen] for room in self.rooms)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """All keys and values, these among them."""
+        seen, now = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        for room, new in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, seen:now] = new
+        self.keys, self.values = (room[:, :, :now] for room in self.rooms)
+        return self.keys, self.values

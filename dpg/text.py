@@ -47,7 +47,7 @@ def encode(
         raise ValueError(f"{type(tokenizer).__name__} has no end-of-sequence token. Set `tokenizer.eos_token`.")
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows: list[list[int]] = []
-    for ids in tokenizer(texts, verbose=False)["input_ids"]:
+    for ids in tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)["input_ids"]:
         # Some tokenizers add a begin token, or an end token, themselves.
         opened = [begin, *ids] if train_bos and ids[:1] != [begin] else ids
         whole = [*opened, end] if train_eos and ids[-1:] != [end] else opened

@@ -21,6 +21,11 @@ def keep_freed_memory() -> None:
         mallopt(_MMAP_THRESHOLD, _LARGEST)
 
 
+def forget_what_stays() -> None:
+    """Leave what there is to no later search for cycles: once everything is imported, a tenth of a second for each."""
+    gc.freeze()
+
+
 @contextmanager
 def collector_paused() -> Iterator[None]:
     """No search for cycles inside: each looks through the million objects that the libraries are made of.

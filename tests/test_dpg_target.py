@@ -133,6 +133,18 @@ def test_the_published_target_is_tied_until_asked_otherwise():
     assert model.dtype == torch.float32 and tokenizer.eos_token_id == model.config.eos_token_id
 
 
+def test_a_loaded_model_computes_what_transformers_would(tmp_path):
+    """Its activation is one operation of torch instead of eight."""
+    gpt2(tied=True).save_pretrained(tmp_path)
+    letters().save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).double()
+    loaded = load_model(str(tmp_path))[0].double()
+    assert any(type(module).__name__ == "NewGELUActivation" for module in plain.modules())
+    assert not any(type(module).__name__ == "NewGELUActivation" for module in loaded.modules())
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    torch.testing.assert_close(loaded(ids).logits, plain(ids).logits, rtol=1e-12, atol=1e-12)
+
+
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="is neither a folder with a causal language model .* nor a model name"):
         load_model(str(tmp_path / "nothing"))

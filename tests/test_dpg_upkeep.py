@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from dpg.upkeep import collector_paused
+from dpg.upkeep import collector_paused, forget_what_stays
 
 HELD = """
 import re, sys
@@ -46,3 +46,13 @@ def test_the_collector_is_left_as_it_was(enabled):
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_what_stays_is_not_looked_at_again():
+    kept = {"a": []}
+    try:
+        forget_what_stays()
+        assert not any(each is kept for each in gc.get_objects()) and gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    assert any(each is kept for each in gc.get_objects())
