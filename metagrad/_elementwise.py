@@ -5,7 +5,8 @@ of a model one block holds as many as fit. What a rule makes on the way is as la
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -13,8 +14,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from metagrad import _block
-from metagrad._block import After, Block, Entries, Rule, Values, Wanted
-from metagrad._kernels import compiled, tensors
+from metagrad._block import After, Block, Entries, Rule, Shares, Values, Wanted
+from metagrad._kernels import Kernel, compiled, tensors
 from metagrad._reverse import nonzero, pull_gradient
 from metagrad._transformation import Given, Made, Transformation, applied_by
 from metagrad._tree import floating_leaves, joined, with_floating_leaves
@@ -35,81 +36,100 @@ def elementwise(
     Cost: `apply` makes its results and no more; the pullback one tensor for each parameter, and the other cotangents
     over those that it is given.
     """
-    apply_block = compiled(_block.apply) if compile else _block.apply
-    pull_block = compiled(_block.pull) if compile else _block.pull
+    formulas = _Elementwise(values_at, rule, compile)
+    return Transformation(
+        init, formulas.update, formulas.apply, formulas.pull, lambda: elementwise(init, values_at, rule, compile=True)
+    )
 
-    def at(state: Tree) -> Values:
-        return rule.at(values_at(state.step), int(state.step))
 
-    def numbers(now: Values, device: torch.device) -> Values:
-        return tensors(now, device) if compile else {name: float(value) for name, value in now.items()}
+@dataclass(frozen=True)
+class _Elementwise:
+    """What a transformation does, but for its `init`."""
 
-    def update(updates: Tree, state: Tree, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Tree]:
-        now, gradient = at(state), floating_leaves(updates)
+    values_at: Callable[[Int[Tensor, ""]], Values]
+    rule: Rule
+    compile: bool
+
+    def update(self, updates: Tree, state: Tree, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Tree]:
+        now, gradient = self._at(state), floating_leaves(updates)
         # A rule without decay needs no parameters.
         columns = [gradient, gradient if params is None else floating_leaves(params), *_memory(state)]
-        made = [_block.update(rule, now, Block(g, p, m)) for g, p, *m in zip(*columns, strict=True)]
+        made = [_block.update(self.rule, now, Block(g, p, m)) for g, p, *m in zip(*columns, strict=True)]
         changes, *memory = map(list, zip(*made, strict=True))
         return with_floating_leaves(updates, changes), _with_memory(state, state.step + 1, memory)
 
-    def apply(gradient: Tree, state: Tree, params: Tree) -> Made:
-        now, columns = at(state), [floating_leaves(gradient), floating_leaves(params), *_memory(state)]
-        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in [*joined(columns), *_tensors(now)]):
-            return applied_by(update)(gradient, state, params)
+    def apply(self, gradient: Tree, state: Tree, params: Tree) -> Made:
+        now, columns = self._at(state), [floating_leaves(gradient), floating_leaves(params), *_memory(state)]
+        values = [value for value in now.values() if isinstance(value, Tensor)]
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in [*values, *joined(columns)]):
+            return applied_by(self.update)(gradient, state, params)
+        kernel, numbers = self._prepared(_block.apply, now)
         made = [_like(column) for column in columns[1:]]
         before, after = [list(map(Column, each)) for each in (columns, made)]
-        for parts in _blocks(columns[0], compile):
+        for parts in _blocks(columns[0], self.compile):
             g, p, *memory = (column.read(parts) for column in before)
             new = [column.room(parts) for column in after]
-            apply_block(rule, numbers(now, g.device), Block(g, p, memory), After(new[0], new[1:]))
+            kernel(self.rule, numbers(g.device), Block(g, p, memory), After(new[0], new[1:]))
             for column, entries in zip(after, new, strict=True):
                 column.write(parts, entries)
         return Made(with_floating_leaves(params, made[0]), _with_memory(state, state.step + 1, made[1:]))
 
-    def pull(given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool) -> tuple[Given, list[Tensor]]:
-        now = at(given.state)
-        wanted = {name: value for name, value in now.items() if isinstance(value, Tensor) and value.requires_grad}
+    def pull(
+        self, given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool
+    ) -> tuple[Given, list[Tensor]]:
+        now = self._at(given.state)
+        asked = {name: value for name, value in now.items() if isinstance(value, Tensor) and value.requires_grad}
         with torch.no_grad():
-            back, totals = pull_all(now, given, cotangent, Wanted(wrt_state, bool(wanted)))
+            back, totals = self._pull(given, cotangent, now, Wanted(wrt_state, bool(asked)))
         # No total where the rule, with what it remembers, does not use the value.
-        ends = [totals[name].to(value) if name in totals else torch.zeros_like(value) for name, value in wanted.items()]
+        ends = [totals[name].to(value) if name in totals else torch.zeros_like(value) for name, value in asked.items()]
         # Retained: one value may serve several groups, and several metrics.
-        return back, pull_gradient(list(wanted.values()), meta, [ends], retain_graph=True)[0]
+        return back, pull_gradient(list(asked.values()), meta, [ends], retain_graph=True)[0]
 
-    def pull_all(now: Values, given: Given, cotangent: Made, wanted: Wanted) -> tuple[Given, dict[str, Tensor]]:
+    def _pull(self, given: Given, cotangent: Made, now: Values, wanted: Wanted) -> tuple[Given, Shares]:
         columns = [floating_leaves(given.gradient), floating_leaves(given.params), *_memory(given.state)]
-        ends = [floating_leaves(cotangent.params), *_memory(cotangent.state)]
+        to_params, to_memory = floating_leaves(cotangent.params), _memory(cotangent.state)
         # Before the last step nothing reads the memory.
-        unread = all(leaf is None for leaf in nonzero(joined(ends[1:])))
+        unread = all(leaf is None for leaf in nonzero(joined(to_memory)))
         if wanted.state:
-            ends = [ends[0], *map(_like, ends[1:])] if unread else ends
-            ends = [[leaf.contiguous() for leaf in each] for each in ends]
+            to_params = [leaf.contiguous() for leaf in to_params]
+            to_memory = [_like(each) if unread else [leaf.contiguous() for leaf in each] for each in to_memory]
+        kernel, numbers = self._prepared(_block.pull, now)
         made = _like(columns[0])
-        before, (ends_params, *ends_memory), out = list(map(Column, columns)), list(map(Column, ends)), Column(made)
-        totals: dict[str, Tensor] = {}
-        for parts in _blocks(columns[0], compile):
+        before, ends, out = [list(map(Column, each)) for each in (columns, [to_params, *to_memory], [made])]
+        totals: Shares = {}
+        for parts in _blocks(columns[0], self.compile):
             g, p, *memory = (column.read(parts) for column in before)
             if not unread:
-                to_memory = [column.read(parts) for column in ends_memory]
+                end = [column.read(parts) for column in ends]
             elif wanted.state:
-                to_memory = [column.room(parts).zero_() for column in ends_memory]
+                end = [ends[0].read(parts), *(column.room(parts).zero_() for column in ends[1:])]
             else:
-                to_memory = [torch.zeros_like(g) for _ in memory]
-            end, to_gradient = After(ends_params.read(parts), to_memory), out.room(parts)
-            shares = pull_block(rule, numbers(now, g.device), Block(g, p, memory), end, to_gradient, wanted)
-            out.write(parts, to_gradient)
+                end = [ends[0].read(parts), *map(torch.zeros_like, memory)]
+            to_gradient = out[0].room(parts)
+            block = Block(g, p, memory)
+            shares = kernel(self.rule, numbers(g.device), block, After(end[0], end[1:]), to_gradient, wanted)
+            out[0].write(parts, to_gradient)
             if wanted.state:
-                for column, entries in zip([ends_params, *ends_memory], [end.params, *end.memory], strict=True):
+                for column, entries in zip(ends, end, strict=True):
                     column.write(parts, entries)
             for name, share in shares.items():
                 totals[name] = totals[name] + share if name in totals else share
         back = with_floating_leaves(given.gradient, made)
         if not wanted.state:
             return Given(back, None, None), totals
-        state = _with_memory(given.state, given.state.step, ends[1:])
-        return Given(back, state, with_floating_leaves(given.params, ends[0])), totals
+        state = _with_memory(given.state, given.state.step, to_memory)
+        return Given(back, state, with_floating_leaves(given.params, to_params)), totals
 
-    return Transformation(init, update, apply, pull, lambda: elementwise(init, values_at, rule, compile=True))
+    def _at(self, state: Tree) -> Values:
+        return self.rule.at(self.values_at(state.step), int(state.step))
+
+    def _prepared(self, kernel: Kernel, now: Values) -> tuple[Kernel, Callable[[torch.device], Values]]:
+        """How blocks are computed, and the values of `now` as they are then given."""
+        if self.compile:
+            return compiled(kernel), cache(lambda device: tensors(now, device))
+        numbers: Values = {name: float(value) for name, value in now.items()}
+        return kernel, lambda device: numbers
 
 
 def _memory(state: Tree) -> list[list[Tensor]]:
@@ -119,10 +139,6 @@ def _memory(state: Tree) -> list[list[Tensor]]:
 def _with_memory(state: Tree, step: Int[Tensor, ""], memory: Sequence[Sequence[Tensor]]) -> Tree:
     trees = [with_floating_leaves(tree, new) for tree, new in zip(state[1:], memory, strict=True)]
     return type(state)(step, *trees)
-
-
-def _tensors(now: Values) -> list[Tensor]:
-    return [value for value in now.values() if isinstance(value, Tensor)]
 
 
 def _like(leaves: Sequence[Tensor]) -> list[Tensor]:

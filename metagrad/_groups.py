@@ -12,10 +12,10 @@ from metagrad._transformation import Given, Made, Transformation
 from metagrad._tree import add
 from metagrad._types import Params, Tree
 
-Rule: TypeAlias = Callable[[str, Tensor], str]
+Labelling: TypeAlias = Callable[[str, Tensor], str]
 
 
-def groups(rule: Rule, transformations: Mapping[str, GradientTransformation]) -> Transformation:
+def groups(rule: Labelling, transformations: Mapping[str, GradientTransformation]) -> Transformation:
     """Each parameter updated by the transformation of its group: the parameter groups of `torch.optim`.
 
     Args:
