@@ -12,7 +12,7 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from metagrad._reverse import pull_gradient
-from metagrad._tree import add, describe, floating_leaves, fresh, grouped, joined, with_floating_leaves
+from metagrad._tree import add, describe, floating_leaves, fresh, grouped, joined, separate, with_floating_leaves
 from metagrad._types import Tree
 
 Value: TypeAlias = float | Tensor
@@ -147,7 +147,8 @@ def pulled_by_autograd(apply: Apply) -> PullApply:
         pulled = pull_gradient(floating_leaves(made), joined(groups), ends, retain_graph=True)[0]
         to_given, to_meta = grouped(pulled, groups)
         if wrt_state:
-            return with_floating_leaves(given, to_given), to_meta
+            # autograd may return one tensor for two inputs, and each will be written over.
+            return with_floating_leaves(given, separate(to_given)), to_meta
         return Given(with_floating_leaves(given.gradient, to_given), None, None), to_meta
 
     return pull

@@ -71,6 +71,17 @@ def add(left: Sequence[Tensor], right: Sequence[Tensor]) -> list[Tensor]:
     return [a + b for a, b in zip(left, right, strict=True)]
 
 
+def separate(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """`leaves`, copied where one shares memory with an earlier one or with itself: each may be written over."""
+    taken: set[int] = set()
+    own = []
+    for leaf in leaves:
+        shared = leaf.untyped_storage().data_ptr() in taken or not leaf.is_contiguous()
+        own.append(leaf.clone(memory_format=torch.contiguous_format) if shared else leaf)
+        taken.add(leaf.untyped_storage().data_ptr())
+    return own
+
+
 def independent(tree: Tree) -> Tree:
     """A copy that shares neither storage nor graph with `tree`, so that nobody can change it later."""
     return map_tensors(lambda leaf: leaf.detach().clone(), tree)

@@ -185,3 +185,28 @@ def test_radam_is_exact_on_both_sides_of_its_switch():
     arguments = PROBLEMS["mlp"](8).arguments(torchopt.radam(0.02, betas=(0.8, 0.95), eps=1e-3))
     result = mg.metagradient(*arguments, wrt_params=True)
     assert_agree(result, mg.check.unrolled(*arguments, wrt_params=True), rtol=1e-9)
+
+
+def delayed(updates, state, *, params, inplace):
+    """Descent by the gradient before: the state is the change, so both have one cotangent."""
+    return state, {name: -0.1 * u for name, u in updates.items()}
+
+
+def by_means(updates, state, *, params, inplace):
+    """The cotangents of the state and of the parameters are one number in every place."""
+    changes = {name: -0.1 * u - 0.01 * params[name].mean() for name, u in updates.items()}
+    return changes, {name: state[name].mean() + 0 * u for name, u in updates.items()}
+
+
+@pytest.mark.parametrize("update", [delayed, by_means])
+def test_cotangents_that_autograd_makes_of_one_tensor_are_kept_apart(update):
+    optimizer = GradientTransformation(
+        lambda params: {name: 0.1 * torch.ones_like(p) for name, p in params.items()}, update
+    )
+    arguments = PROBLEMS["mlp"](5).arguments(optimizer)
+    # A metric that reads the state, too.
+    arguments = (lambda state: sum(p.square().sum() for p in [*state.params.values(), *state.optimizer.values()]),) + (
+        tuple(arguments)[1:]
+    )
+    result = mg.metagradient(*arguments, wrt_params=True)
+    assert_agree(result, mg.check.unrolled(*arguments, wrt_params=True), rtol=1e-9)
