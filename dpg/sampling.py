@@ -45,7 +45,7 @@ def draw(
     Raises:
         NonFiniteError: if what the next token is drawn from is NaN or infinite.
 
-    Cost: one forward pass over the prompts and over what is written.
+    Cost: one forward pass over the prompts and over what is written; keys and values of all tokens that may be written.
     """
     device = prompt_ids.device
     # All at once, in (0, 1]: what a row gets does not depend on when others end.
@@ -129,27 +129,26 @@ class _Reader:
         """Go on with these rows, in this order, some perhaps several times."""
         self.mask = self.mask[rows]
         for cache in self.cache.values():
-            layers = getattr(cache, "layers", [])
-            layers[:] = [_Roomy(each, self.longest) if type(each) is DynamicLayer else each for each in layers]
-            cache.reorder_cache(rows)
+            for place, layer in enumerate(cache.layers):
+                if type(layer) in (DynamicLayer, _Roomy):
+                    cache.layers[place] = _Roomy(layer, rows, self.longest)
+                else:
+                    layer.reorder_cache(rows)
 
 
 class _Roomy(DynamicLayer):
-    """Keys and values with room for those to come; transformers' own joins all of them anew for each token."""
+    """Some rows of a layer, with room for keys and values to come; transformers' own joins all anew for each token."""
 
-    def __init__(self, layer: DynamicLayer, longest: int) -> None:
+    def __init__(self, layer: DynamicLayer, rows: Int[Tensor, " kept"], longest: int) -> None:
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
-        self.keys, self.values, self.longest = layer.keys, layer.values, longest
-
-    def reorder_cache(self, beam_idx: Int[Tensor, " kept"]) -> None:
-        """Go on with these rows; called before the first `update`."""
-        seen = self.keys.shape[2]
-        # As the model computes them: the heads of one token beside each other.
-        shape = (len(beam_idx), self.longest, self.keys.shape[1])
-        self.rooms = [x.new_empty(*shape, x.shape[3]).transpose(1, 2) for x in (self.keys, self.values)]
-        for room, old in zip(self.rooms, (self.keys, self.values), strict=True):
-            room[:, :, :seen] = old[beam_idx]
+        seen, heads = layer.keys.shape[2], layer.keys.shape[1]
+        self.rooms = []
+        for old in (layer.keys, layer.values):
+            # As the model computes them: the heads of one token beside each other.
+            room = old.new_empty(len(rows), longest, heads, old.shape[3]).transpose(1, 2)
+            room[:, :, :seen] = old[rows]
+            self.rooms.append(room)
         self.keys, self.values = (room[:, :, :seen] for room in self.rooms)
 
     def update(

@@ -93,11 +93,12 @@ def apply(rule: Rule, now: Values, block: Block, out: After) -> None:
     plus(kept, -now["lr"], direction, out=out.params)
 
 
-def pull(rule: Rule, now: Values, block: Block, end: After, out: Entries, wanted: Wanted) -> Shares:
-    """Write ḡ to `out`, and, where wanted, the cotangents of parameters and memory over those in `end`."""
+def pull(rule: Rule, now: Values, block: Block, end: After, to_gradient: Entries, wanted: Wanted) -> Shares:
+    """Write ḡ to `to_gradient`, and, where wanted, the cotangents of parameters and memory over those in `end`."""
     block = block._replace(gradient=_decayed(rule, now, block))
+    # Copied where nobody gave leave to write over them.
     to_memory = end.memory if wanted.state else [entries.clone() for entries in end.memory]
-    shares = rule.pull(now, block, [-now["lr"] * end.params, *to_memory], out, wanted)
+    shares = rule.pull(now, block, [-now["lr"] * end.params, *to_memory], to_gradient, wanted)
     if wanted.values:
         direction = rule.direction(now, block.gradient, block.memory, [None] * len(block.memory))[0]
         shares["lr"] = -dot(end.params, direction)
@@ -106,12 +107,12 @@ def pull(rule: Rule, now: Values, block: Block, end: After, out: Entries, wanted
             shares["lr"] -= now["weight_decay"] * along
             shares["weight_decay"] = -now["lr"] * along
         elif rule.decays:
-            shares["weight_decay"] = dot(out, block.params)
+            shares["weight_decay"] = dot(to_gradient, block.params)
     if wanted.state and rule.decays:
         if rule.decoupled:
             end.params.mul_(1 - now["lr"] * now["weight_decay"])
         else:
-            plus(end.params, now["weight_decay"], out, out=end.params)
+            plus(end.params, now["weight_decay"], to_gradient, out=end.params)
     return shares
 
 

@@ -22,7 +22,6 @@ from metagrad._tree import floating_leaves, joined, with_floating_leaves
 from metagrad._types import Tree
 
 BLOCK = 1 << 17  # entries: half a megabyte in float32; docs/log.md has the sizes that were tried
-LARGEST = 1 << 62  # of a compiled block, which is read once
 
 
 def elementwise(
@@ -54,8 +53,11 @@ class _Elementwise:
         now, gradient = self._at(state), floating_leaves(updates)
         # A rule without decay needs no parameters.
         columns = [gradient, gradient if params is None else floating_leaves(params), *_memory(state)]
-        made = [_block.update(self.rule, now, Block(g, p, m)) for g, p, *m in zip(*columns, strict=True)]
-        changes, *memory = map(list, zip(*made, strict=True))
+        # Flat, as in blocks: a parameter of shape () would take on the type of a hyperparameter.
+        flat = [[leaf.reshape(-1) for leaf in column] for column in columns]
+        made = [_block.update(self.rule, now, Block(g, p, m)) for g, p, *m in zip(*flat, strict=True)]
+        shaped = [[new.view(g.shape) for new in each] for each, g in zip(made, gradient, strict=True)]
+        changes, *memory = map(list, zip(*shaped, strict=True))
         return with_floating_leaves(updates, changes), _with_memory(state, state.step + 1, memory)
 
     def apply(self, gradient: Tree, state: Tree, params: Tree) -> Made:
@@ -79,7 +81,7 @@ class _Elementwise:
     ) -> tuple[Given, list[Tensor]]:
         now = self._at(given.state)
         asked = {name: value for name, value in now.items() if isinstance(value, Tensor) and value.requires_grad}
-        with torch.no_grad():
+        with torch.no_grad():  # The formulas are the derivative; nothing differentiates them.
             back, totals = self._pull(given, cotangent, now, Wanted(wrt_state, bool(asked)))
         # No total where the rule, with what it remembers, does not use the value.
         ends = [totals[name].to(value) if name in totals else torch.zeros_like(value) for name, value in asked.items()]
@@ -89,9 +91,10 @@ class _Elementwise:
     def _pull(self, given: Given, cotangent: Made, now: Values, wanted: Wanted) -> tuple[Given, Shares]:
         columns = [floating_leaves(given.gradient), floating_leaves(given.params), *_memory(given.state)]
         to_params, to_memory = floating_leaves(cotangent.params), _memory(cotangent.state)
-        # Before the last step nothing reads the memory.
+        # All zeros, as behind the last step where a metric does not read the memory.
         unread = all(leaf is None for leaf in nonzero(joined(to_memory)))
         if wanted.state:
+            # Contiguous, since they are written over.
             to_params = [leaf.contiguous() for leaf in to_params]
             to_memory = [_like(each) if unread else [leaf.contiguous() for leaf in each] for each in to_memory]
         kernel, numbers = self._prepared(_block.pull, now)
@@ -122,7 +125,9 @@ class _Elementwise:
         return Given(back, state, with_floating_leaves(given.params, to_params)), totals
 
     def _at(self, state: Tree) -> Values:
-        return self.rule.at(self.values_at(state.step), int(state.step))
+        # In float64: of 0.999 in float32, 1 − βᵗ and its derivative would keep four digits.
+        now = {n: v.double() if isinstance(v, Tensor) else v for n, v in self.values_at(state.step).items()}
+        return self.rule.at(now, int(state.step))
 
     def _prepared(self, kernel: Kernel, now: Values) -> tuple[Kernel, Callable[[torch.device], Values]]:
         """How blocks are computed, and the values of `now` as they are then given."""
@@ -185,22 +190,23 @@ def _blocks(leaves: Sequence[Tensor], whole: bool) -> Iterator[tuple[Part, ...]]
     kinds = [(leaf.dtype, leaf.device) for leaf in leaves]
     for kind in dict.fromkeys(kinds):
         sizes = tuple(leaf.numel() if own == kind else 0 for leaf, own in zip(leaves, kinds, strict=True))
-        yield from _parts(sizes, LARGEST if whole else BLOCK)
+        yield from _parts(sizes, BLOCK, whole)
 
 
 @lru_cache(maxsize=64)
-def _parts(sizes: tuple[int, ...], largest: int) -> list[tuple[Part, ...]]:
+def _parts(sizes: tuple[int, ...], most: int, whole: bool) -> list[tuple[Part, ...]]:
     """All entries of tensors of these sizes, in blocks: parts of one large tensor, or several small tensors."""
     blocks: list[tuple[Part, ...]] = []
     small: list[Part] = []
-    room = BLOCK
+    room = most
     for leaf, size in enumerate(sizes):
-        if size >= BLOCK // 2:
+        if size >= most // 2:
+            largest = size if whole else most
             blocks += [(Part(leaf, start, min(start + largest, size)),) for start in range(0, size, largest)]
         elif size:
             if size > room:
                 blocks.append(tuple(small))
-                small, room = [], BLOCK
+                small, room = [], most
             small.append(Part(leaf, 0, size))
             room -= size
     return [*blocks, tuple(small)] if small else blocks

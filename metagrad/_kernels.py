@@ -21,7 +21,10 @@ Kernel: TypeAlias = Callable[..., Any]
 
 @cache
 def compiled(function: Kernel) -> Kernel:
-    """`function` compiled for each rule and each kind of numbers, at the first call proved; itself where that fails."""
+    """`function` compiled for each rule and each kind of numbers, at the first call proved; itself where that fails.
+
+    Kernels are kept for the whole process: they hold no state, and are the same for every run.
+    """
     kernels: dict[object, Kernel] = {}
 
     def run(rule: Rule, now: Values, block: Block, *others: Any) -> Any:

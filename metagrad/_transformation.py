@@ -42,10 +42,10 @@ Apply: TypeAlias = Callable[[Tree, Tree, Tree], Made]
 
 
 class PullApply(Protocol):
-    """From the cotangents of what `apply` makes, which are used up, to those of what it was given, and of `meta`.
+    """From the cotangents of what `apply` makes to those of what it was given, and of `meta`.
 
-    `meta` are leaves that the hyperparameters may have been computed from; gradients are enabled inside. Those of the
-    state and the parameters are None unless `wrt_state`.
+    Those given share no memory, and are used up. `meta` are leaves that the hyperparameters may have been computed
+    from; gradients are enabled inside. Those of the state and the parameters are None unless `wrt_state`.
     """
 
     def __call__(

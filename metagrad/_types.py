@@ -77,7 +77,7 @@ class Pullback(NamedTuple):
 Pull: TypeAlias = Callable[[Sequence[Sequence[Tensor]]], list[Pullback]]
 """From cotangents of the state after a step, one for each metric, to those of the step's inputs. Used once.
 
-The cotangents are given away: they may be overwritten.
+The cotangents share no memory and are given away: they may be overwritten.
 """
 
 

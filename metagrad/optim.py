@@ -139,7 +139,8 @@ def clip(max_norm: Hyperparameter) -> Transformation:
         norms = torch.stack([torch.linalg.vector_norm(g) for g in floating_leaves(updates)])
         # 1e-6 as in torch, so that a run of torch.optim is reproduced to rounding.
         scale = (values_at(state.step)["max_norm"] / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
-        return optree.tree_map(lambda g: g * scale, updates), Steps(state.step + 1)
+        # In the gradient's own type, which a scale of a wider one would change where the gradient is one number.
+        return optree.tree_map(lambda g: (g * scale).to(g.dtype), updates), Steps(state.step + 1)
 
     return Transformation(init, update)
 

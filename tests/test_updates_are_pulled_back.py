@@ -60,9 +60,7 @@ def problem(maker, shapes, num_steps, seed):
 def in_blocks_of(entries):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_elementwise, "BLOCK", entries)
-        _elementwise._parts.cache_clear()
         yield
-    _elementwise._parts.cache_clear()
 
 
 def plus(params, updates):
@@ -205,3 +203,39 @@ def test_an_update_takes_what_it_makes(name, vectors):
     with Living(floating_leaves(given)) as living, torch.no_grad():
         optimizer.apply(*given)
     assert vectors * size <= living.most <= vectors * size + 20 * 8 * _elementwise.BLOCK
+
+
+MIXED = {
+    "adamw": lambda z: mg.optim.adamw(z["lr"], weight_decay=z["decay"]),
+    "nesterov": MAKERS["nesterov"],
+    "groups": MAKERS["groups"],
+    "clipped": lambda z: chained(mg.optim.clip(0.5 * z["momentum"]), mg.optim.adamw(z["lr"])),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_hyperparameters_in_float64_leave_every_parameter_its_type(name):
+    """One of shape () among them, with a graph and without."""
+    params = {"a": torch.randn(3, 4, dtype=torch.float32), "s": torch.randn((), dtype=torch.float32)}
+    meta = fresh(META)
+    optimizer = MIXED[name](meta)
+    given = Given({n: torch.randn_like(p) for n, p in params.items()}, optimizer.init(params), params)
+    with torch.no_grad():
+        plain = optimizer.apply(*given)
+    with_graph = optimizer.apply(*fresh(given))
+    for one, other in zip(floating_leaves(plain), floating_leaves(with_graph), strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        torch.testing.assert_close(one, other.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_decay_rate_in_float32_has_a_derivative_to_float32():
+    """Of 0.999 in float32, 1 - 0.999 keeps four digits."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        beta = torch.tensor(0.999, dtype=torch.float32).to(dtype).requires_grad_()
+        optimizer = mg.optim.adamw(0.1, (0.9, beta))
+        column = {"a": torch.linspace(1, 3, 5, dtype=dtype)}
+        state = optimizer.init(column)._replace(step=torch.tensor(3), mean=column, square={"a": 1e-3 * column["a"]})
+        ends = Made(column, with_floating_leaves(state, [torch.zeros(5, dtype=dtype)] * 2))
+        found.append(optimizer.pull(Given(column, state, column), ends, [beta], False)[1][0].double())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=0)
