@@ -22,7 +22,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metagrad as mg
-from metagrad._tree import independent
+from metagrad._transformation import Given, Made
+from metagrad._tree import differentiable, independent, not_finite, with_floating_leaves
 from metagrad._witness import digests
 
 REPEATS = 5
@@ -177,13 +178,17 @@ def table_of_parts(name: str, task: Task) -> None:
     step, meta = step_of(task, case), {"weights": torch.ones(len(task.batch["index"]))}
     state = step.init(task.model, meta)
     params = {name: value.requires_grad_() for name, value in state.params.items()}
-    gradient = {name: torch.ones_like(value).requires_grad_() for name, value in params.items()}
     optimizer = mg.optim.adam(LR, eps_root=EPS_ROOT)
+    given = Given({name: torch.ones_like(value) for name, value in params.items()}, state.optimizer, params)
     cotangent = [torch.ones_like(value) for value in [*params.values()] * 3]
 
-    def update() -> list[Tensor]:
-        updates, new = optimizer.update(gradient, state.optimizer, params=params, inplace=False)
-        return [*updates.values(), *new.mean.values(), *new.square.values()]
+    def update() -> Made:
+        with torch.no_grad():
+            return optimizer.apply(*given)
+
+    def update_and_back() -> None:
+        end = with_floating_leaves(Made(params, state.optimizer), independent(cotangent))
+        optimizer.pull(given, end, [], True)
 
     def differentiate_loss() -> None:
         torch.autograd.grad(task.losses(params, task.batch).mean(), list(params.values()))
@@ -197,10 +202,10 @@ def table_of_parts(name: str, task: Task) -> None:
         "its gradient": differentiate_loss,
         "that with math attention": with_math_attention,
         "step": lambda: torch.no_grad()(step.advance)(state, task.batch, meta),
-        "  its update": lambda: torch.no_grad()(update)(),
+        "  its update": update,
         "reversal": lambda: step.vjp(state, task.batch, meta, wrt_state=True)[1](independent([cotangent])),
-        "  its update and back": lambda: torch.autograd.grad(update(), list(gradient.values()), cotangent),
-        "is all of it finite?": lambda: [bool(torch.isfinite(value).all()) for value in cotangent],
+        "  the way back through it": update_and_back,
+        "is all of it finite?": lambda: not_finite("state", differentiable(state), cotangent),
         "digest of a state": lambda: digests(state),
     }
     times: dict[str, list[float]] = {part: [] for part in parts}

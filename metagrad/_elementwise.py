@@ -200,7 +200,7 @@ def _parts(sizes: tuple[int, ...], most: int, whole: bool) -> list[tuple[Part, .
     small: list[Part] = []
     room = most
     for leaf, size in enumerate(sizes):
-        if size >= most // 2:
+        if size >= most // 8:
             largest = size if whole else most
             blocks += [(Part(leaf, start, min(start + largest, size)),) for start in range(0, size, largest)]
         elif size:
