@@ -186,7 +186,7 @@ def table_of_parts(name: str, task: Task) -> None:
         with torch.no_grad():
             return optimizer.apply(*given)
 
-    def update_and_back() -> None:
+    def way_back() -> None:
         end = with_floating_leaves(Made(params, state.optimizer), independent(cotangent))
         optimizer.pull(given, end, [], True)
 
@@ -204,7 +204,7 @@ def table_of_parts(name: str, task: Task) -> None:
         "step": lambda: torch.no_grad()(step.advance)(state, task.batch, meta),
         "  its update": update,
         "reversal": lambda: step.vjp(state, task.batch, meta, wrt_state=True)[1](independent([cotangent])),
-        "  the way back through it": update_and_back,
+        "  the way back through it": way_back,
         "is all of it finite?": lambda: not_finite("state", differentiable(state), cotangent),
         "digest of a state": lambda: digests(state),
     }

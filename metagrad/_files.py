@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from metagrad._tree import describe, map_tensors, tensor_leaves
+from metagrad._tree import describe, map_tensors, separate, tensor_leaves
 from metagrad._types import ResumeError, Tree
 
 CHUNK = 1 << 22  # bytes read at a time
@@ -107,15 +107,9 @@ def _exact(number: Tree) -> torch.dtype:
 
 def _separate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous tensors on the CPU of which no two share memory, as the format demands."""
-    taken: set[int] = set()
-    separate = {}
-    for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        # By storage: two views may overlap without beginning at the same byte.
-        memory = own.untyped_storage().data_ptr()
-        separate[name] = own.clone() if memory in taken else own
-        taken.add(memory)
-    return separate
+    return dict(
+        zip(tensors, separate([tensor.detach().cpu().contiguous() for tensor in tensors.values()]), strict=True)
+    )
 
 
 def _checksum(path: Path) -> int:

@@ -76,6 +76,7 @@ def separate(leaves: Sequence[Tensor]) -> list[Tensor]:
     taken: set[int] = set()
     own = []
     for leaf in leaves:
+        # By storage: two views may overlap without beginning at the same byte.
         shared = leaf.untyped_storage().data_ptr() in taken or not leaf.is_contiguous()
         own.append(leaf.clone(memory_format=torch.contiguous_format) if shared else leaf)
         taken.add(leaf.untyped_storage().data_ptr())

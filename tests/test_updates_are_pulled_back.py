@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torchopt
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from optimizers import SMOOTH, by_shape
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,6 +56,18 @@ def problem(maker, shapes, num_steps, seed):
     return optimizer, Given(gradient, state, params), Made(change, with_floating_leaves(state, ends)), meta
 
 
+def updates_in_blocks(test):
+    """`test` on small updates in small blocks, and on one that fills a block of the usual size."""
+    drawn = given(
+        shapes=st.lists(st.lists(st.integers(1, 5), max_size=2), min_size=1, max_size=5),
+        num_steps=st.integers(0, 3),
+        block=st.integers(1, 30),
+        seed=st.integers(0, 99),
+    )
+    large = example(shapes=[[300, 300], [7], [40000], []], num_steps=2, block=_elementwise.BLOCK, seed=1)
+    return settings(max_examples=15, deadline=None)(large(drawn(test)))
+
+
 @contextmanager
 def in_blocks_of(entries):
     with pytest.MonkeyPatch.context() as patch:
@@ -86,13 +98,7 @@ def assert_equal(found, expected):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@given(
-    shapes=st.lists(st.lists(st.integers(1, 5), max_size=2), min_size=1, max_size=5),
-    num_steps=st.integers(0, 3),
-    block=st.integers(1, 30),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=15, deadline=None)
+@updates_in_blocks
 def test_a_pullback_is_that_of_autograd(name, shapes, num_steps, block, seed):
     arguments = problem(MAKERS[name], shapes, num_steps, seed)
     with in_blocks_of(block):
@@ -127,13 +133,7 @@ def test_a_kernel_serves_all_steps_and_rates():
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@given(
-    shapes=st.lists(st.lists(st.integers(1, 5), max_size=2), min_size=1, max_size=5),
-    num_steps=st.integers(0, 3),
-    block=st.integers(1, 30),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=15, deadline=None)
+@updates_in_blocks
 def test_an_update_in_blocks_is_the_one_that_has_a_graph(name, shapes, num_steps, block, seed):
     optimizer, (gradient, state, params), _, _ = problem(MAKERS[name], shapes, num_steps, seed)
     with in_blocks_of(block), torch.no_grad():
