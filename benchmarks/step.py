@@ -75,7 +75,7 @@ def profiled(task: Task, case: Case, compile_step: bool) -> list[Any]:
             step,
             task.initial(),
             task.batches,
-            {"weights": torch.ones(task.num_examples)},
+            {"weights": task.weights()},
             schedule=mg.EveryStep(),
             wrt_params=True,
         )
@@ -167,7 +167,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     model = next(model for model in MODELS if model.name == given.model)
     case = Case(model, given.optimizer, NUM_STEPS, given.pieces)
-    task = Task.of(model, NUM_STEPS)
+    task = Task.of(model, NUM_STEPS, "cpu")
     usual = plain_milliseconds(task, case)
     step = reversed_step(profiled(task, case, given.compile))
     whole = step.duration_time_ns / 1e6

@@ -1,7 +1,8 @@
 """Optimizers that treat every entry of the parameters alike: their update and its pullback, block by block.
 
 A block is small enough to stay in a processor's cache through all operations of a rule, and of the many small tensors
-of a model one block holds as many as fit. What a rule makes on the way is as large as a block, not as the model.
+of a model one block holds as many as fit; on a GPU blocks are large. What a rule makes on the way is as large as a
+block, not as the model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,8 @@ from metagrad._transformation import Given, Made, Transformation, applied_by
 from metagrad._tree import floating_leaves, joined, with_floating_leaves
 from metagrad._types import Tree
 
-BLOCK = 1 << 17  # entries: half a megabyte in float32; docs/log.md has the sizes that were tried
+CACHED = 1 << 17  # entries of a block: half a megabyte in float32; docs/log.md has the sizes that were tried
+STREAMED = 1 << 24  # on a GPU, where a block is to be worth the time it takes to start its kernels
 
 
 def elementwise(
@@ -190,7 +192,7 @@ def _blocks(leaves: Sequence[Tensor], whole: bool) -> Iterator[tuple[Part, ...]]
     kinds = [(leaf.dtype, leaf.device) for leaf in leaves]
     for kind in dict.fromkeys(kinds):
         sizes = tuple(leaf.numel() if own == kind else 0 for leaf, own in zip(leaves, kinds, strict=True))
-        yield from _parts(sizes, BLOCK, whole)
+        yield from _parts(sizes, CACHED if kind[1].type == "cpu" else STREAMED, whole)
 
 
 @lru_cache(maxsize=64)
@@ -200,7 +202,7 @@ def _parts(sizes: tuple[int, ...], most: int, whole: bool) -> list[tuple[Part, .
     small: list[Part] = []
     room = most
     for leaf, size in enumerate(sizes):
-        if size >= most // 8:
+        if size >= min(most // 8, CACHED):
             largest = size if whole else most
             blocks += [(Part(leaf, start, min(start + largest, size)),) for start in range(0, size, largest)]
         elif size:

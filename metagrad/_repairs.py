@@ -32,7 +32,7 @@ def refuse_chunks(*_: Any, options: object = None, **__: Any) -> Any:
     return NotImplemented
 
 
-REPAIRS: Mapping[Callable[..., Any], Callable[..., Any]] = {
+REPAIRS: Mapping[object, Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
-    functional.linear_cross_entropy: refuse_chunks,
+    getattr(functional, "linear_cross_entropy", None): refuse_chunks,  # torch has it from 2.13 on.
 }

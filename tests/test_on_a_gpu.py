@@ -3,7 +3,10 @@
 Skipped where torch finds no CUDA device; `nox -s gpu` runs them there.
 """
 
+import os
 from dataclasses import replace
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read when CUDA starts: torch's deterministic products.
 
 import pytest
 import torch

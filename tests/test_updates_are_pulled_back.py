@@ -64,14 +64,14 @@ def updates_in_blocks(test):
         block=st.integers(1, 30),
         seed=st.integers(0, 99),
     )
-    large = example(shapes=[[300, 300], [7], [40000], []], num_steps=2, block=_elementwise.BLOCK, seed=1)
+    large = example(shapes=[[300, 300], [7], [40000], []], num_steps=2, block=_elementwise.CACHED, seed=1)
     return settings(max_examples=15, deadline=None)(large(drawn(test)))
 
 
 @contextmanager
 def in_blocks_of(entries):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_elementwise, "BLOCK", entries)
+        patch.setattr(_elementwise, "CACHED", entries)
         yield
 
 
@@ -192,7 +192,7 @@ def test_a_pullback_takes_no_more_than_a_vector_of_parameters(name):
     size = 8 * 4_000_000
     with Living(floating_leaves(arguments)) as living, torch.no_grad():
         arguments[0].pull(*arguments[1:3], [], True)
-    assert size <= living.most <= size + 20 * 8 * _elementwise.BLOCK
+    assert size <= living.most <= size + 20 * 8 * _elementwise.CACHED
 
 
 @pytest.mark.parametrize("name, vectors", [("adamw without meta", 3), ("sgd", 1)])
@@ -202,7 +202,7 @@ def test_an_update_takes_what_it_makes(name, vectors):
     size = 8 * 4_000_000
     with Living(floating_leaves(given)) as living, torch.no_grad():
         optimizer.apply(*given)
-    assert vectors * size <= living.most <= vectors * size + 20 * 8 * _elementwise.BLOCK
+    assert vectors * size <= living.most <= vectors * size + 20 * 8 * _elementwise.CACHED
 
 
 MIXED = {

@@ -5,6 +5,7 @@ from time import perf_counter, process_time
 from types import TracebackType
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from benchmarks.peers.cases import Case
@@ -19,14 +20,22 @@ class Clock:
         self._start = (0.0, 0.0)
 
     def __enter__(self) -> None:
+        _finish()
         self._start = perf_counter(), process_time()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        _finish()
         wall, processors = self._start
         self.seconds += perf_counter() - wall
         self.cpu_seconds += process_time() - processors
+
+
+def _finish() -> None:
+    """Wait for what a GPU has been asked for."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 # One run from the initial parameters; returns the gradient of the weights, or None where only training is timed.

@@ -6,7 +6,7 @@ from itertools import product
 from math import isqrt
 from typing import Literal, TypeAlias
 
-from benchmarks.peers.tasks import MODELS, Model
+from benchmarks.peers.tasks import LARGE, MODELS, Model
 
 LR, EPS_ROOT, WEIGHT_DECAY = 1e-3, 1e-8, 0.01
 
@@ -45,6 +45,10 @@ QUICK = [
     Case(LLAMA, "sgd", 2),
     Case(CNN, "sgd", 2),
     Case(MLP, "adamw", 8, compiles=True),
+]
+ON_GPU = [
+    Case(LARGE[0], "adamw", 1, num_pieces=16, compiles=True),
+    Case(LARGE[1], "adamw", 8, num_pieces=2, compiles=True),
 ]
 USUAL = [
     Case(GPT2, "adamw", 2, compiles=True),

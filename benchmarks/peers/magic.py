@@ -31,8 +31,8 @@ class Stream:
     """What the trainer reads of bergson's own data stream, without its copies from lists of tokens."""
 
     def __init__(self, task: Task) -> None:
-        self.batches, self.device = task.batches, torch.device("cpu")
-        self.weights = nn.Parameter(torch.ones(task.num_examples))
+        self.batches, self.device = task.batches, task.device
+        self.weights = nn.Parameter(task.weights())
 
     @property
     def requires_grad(self) -> bool:
@@ -52,7 +52,7 @@ class Stream:
 
 def _inputs(batch: Batch, weights: Tensor) -> Batch:
     # A micro-batch counts by its entries of this mask: here by its examples.
-    mask = torch.ones(len(batch["index"]), dtype=torch.bool)
+    mask = torch.ones_like(batch["index"], dtype=torch.bool)
     return {"x": batch["x"], "y": batch["y"], "example_weight": weights, "shift_loss_mask": mask}
 
 
@@ -66,7 +66,7 @@ def bergson_magic(task: Task, case: Case) -> Attempt:
     else:
         optimizer = torchopt.sgd(LR)
     mode, same = SAVE_MODES[case.kept], {"inplace": True, "grad_accum_steps": case.num_pieces}
-    query = _inputs(task.held_out, torch.ones(task.batch_size))
+    query = _inputs(task.held_out, torch.ones(len(task.held_out["index"]), device=task.device))
 
     def attempt(clock: Clock) -> Tensor:
         # The trainer moves the model that it is given to the meta device.

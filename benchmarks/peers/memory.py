@@ -1,32 +1,68 @@
-"""The memory of this process, as Linux and glibc count it."""
+"""The memory of this process, as Linux and glibc count it, or as torch counts that of a GPU."""
 
 import ctypes
 import gc
 import resource
+from abc import ABC, abstractmethod
 from pathlib import Path
 
-
-def limit(gigabytes: float) -> None:
-    """Let allocations beyond this fail, with an error that a contender can be told to have met."""
-    size = int(gigabytes * 1e9)
-    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+import torch
 
 
-def give_back() -> None:
-    """Return to the system what is free: glibc keeps freed blocks, and an attempt would reuse them unseen."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+class Meter(ABC):
+    """What an attempt takes of a memory."""
+
+    @abstractmethod
+    def give_back(self) -> None:
+        """Return to the system what is free: allocators keep freed blocks, and an attempt would reuse them unseen."""
+
+    @abstractmethod
+    def restart_peak(self) -> float:
+        """Megabytes that are taken now; the peak counts from here."""
+
+    @abstractmethod
+    def peak(self) -> float:
+        """Megabytes that were taken at the most since `restart_peak`."""
 
 
-def restart_peak() -> float:
-    """Megabytes that are resident now; the peak counts from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _megabytes("VmRSS")
+def of(device: str, gigabytes: float) -> Meter:
+    """The meter of a device, whose allocations beyond `gigabytes` fail, with an error that a contender can meet."""
+    if device == "cpu":
+        size = int(gigabytes * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+        return Resident()
+    torch.cuda.set_per_process_memory_fraction(min(gigabytes * 1e9 / torch.cuda.mem_get_info()[1], 1.0))
+    return Allocated()
 
 
-def peak() -> float:
-    """Megabytes that were resident at the most since `restart_peak`."""
-    return _megabytes("VmHWM")
+class Resident(Meter):
+    """Resident memory."""
+
+    def give_back(self) -> None:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+
+    def restart_peak(self) -> float:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _megabytes("VmRSS")
+
+    def peak(self) -> float:
+        return _megabytes("VmHWM")
+
+
+class Allocated(Meter):
+    """Tensors on a GPU."""
+
+    def give_back(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def restart_peak(self) -> float:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e6
+
+    def peak(self) -> float:
+        return torch.cuda.max_memory_allocated() / 1e6
 
 
 def _megabytes(field: str) -> float:

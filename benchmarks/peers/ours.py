@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch import Tensor, ones
+from torch import Tensor
 
 import metagrad as mg
 from benchmarks.peers.attempt import Attempt, Clock
@@ -81,7 +81,7 @@ def _attempt(
         return task.metric(state.params)
 
     def attempt(clock: Clock) -> Tensor:
-        params, meta = task.initial(), {"weights": ones(task.num_examples)}
+        params, meta = task.initial(), {"weights": task.weights()}
         with TemporaryDirectory() as folder, clock:
             result = mg.metagradient(
                 metric, step, params, task.batches, meta, schedule=chosen, store=store(Path(folder))

@@ -1,11 +1,14 @@
 """The same for programs: every number, and what it was measured with."""
 
+import math
 import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.peers.rounds import Comparison, Entry
 from benchmarks.peers.worker import Settings
@@ -19,9 +22,10 @@ def machine(settings: Settings, num_rounds: int) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "processor": _processor(),
+        "device": torch.cuda.get_device_name() if settings.device == "cuda" else settings.device,
         "cores": os.cpu_count(),
         "threads": settings.num_threads,
-        "memory limit in GB": settings.memory_gb,
+        "memory limit in GB": settings.memory_gb if math.isfinite(settings.memory_gb) else None,
         "rounds": num_rounds,
         "seconds of a turn": settings.turn_seconds,
         "load before": os.getloadavg()[0],

@@ -13,8 +13,9 @@ LEGEND = f"""\
 * *× plain*: the median over the rounds of the time over that of plain training in the same round.
 * *less metric*: the same after the time of *metric alone* in that round, one gradient of the metric, is subtracted.
 * *× CPU*: *× plain* of the time that the processors spent on the process. Trust it where other work shares the machine.
-* *peak MB*: resident memory at the most, above that of the process before the attempt; medians. bergson and
-  *ours on disk* keep their states on disk, *ours* in RAM, *ours, graphs*, TorchOpt and higher the graphs of all steps.
+* *peak MB*: resident memory at the most, above that of the process before the attempt (on a GPU: of its tensors);
+  medians. bergson and *ours on disk* keep their states on disk, *ours* in RAM, *ours, graphs*, TorchOpt and higher the
+  graphs of all steps.
 * *keeps sqrt* means at most ⌈√T⌉ states for *ours* and the mode "sqrt" of bergson, which holds about 2√T; *8 slots*
   is the mode "log" there, about log₂T.
 * *error*: of the gradient of the weights, relative to that of *ours*, in float32; above {TOLERANCE:g} it is reported.

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-VOCABULARY, LENGTH = 8192, 64
 IMAGE, CLASSES, FEATURES = 32, 10, 784
 
 Batch: TypeAlias = dict[str, Tensor]
@@ -55,12 +54,12 @@ class ResidualBlock(nn.Module):
         return (self.norms[1](self.second(inner)) + self.shortcut(x)).relu()
 
 
-def gpt2(layers: int, width: int) -> nn.Module:
+def gpt2(layers: int, width: int, vocabulary: int, length: int) -> nn.Module:
     """GPT-2 without dropout. Its head is not tied to its embedding: bergson 2.5.1 takes tied weights for two."""
     transformers = _transformers()
     config = transformers.GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=LENGTH,
+        vocab_size=vocabulary,
+        n_positions=length,
         n_embd=width,
         n_layer=layers,
         n_head=width // 64,
@@ -75,11 +74,11 @@ def gpt2(layers: int, width: int) -> nn.Module:
     return LanguageModel(transformers.GPT2LMHeadModel(config))
 
 
-def llama(layers: int, width: int, inner: int) -> nn.Module:
+def llama(layers: int, width: int, inner: int, vocabulary: int, length: int) -> nn.Module:
     transformers = _transformers()
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        max_position_embeddings=LENGTH,
+        vocab_size=vocabulary,
+        max_position_embeddings=length,
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -105,8 +104,8 @@ def mlp() -> nn.Module:
     return Classifier(nn.Sequential(*layers))
 
 
-def texts(num: int) -> tuple[Tensor, Tensor]:
-    ids = torch.randint(VOCABULARY, (num, LENGTH + 1))
+def texts(vocabulary: int, length: int, num: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(vocabulary, (num, length + 1))
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
@@ -120,50 +119,69 @@ def vectors(num: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Model:
-    """An architecture and its random data."""
+    """An architecture and its random data; the metric is the loss of `metric_size` examples, or of a whole batch."""
 
     name: str
     build: Callable[[], nn.Module]
     draw: Callable[[int], tuple[Tensor, Tensor]]
     batch_size: int
+    metric_size: int | None = None
 
+
+SMALL = (8192, 64)  # words, and tokens of a text
+GPT2 = (50257, 128)
 
 MODELS = [
-    Model("gpt2-7M", partial(gpt2, 4, 256), texts, 16),
-    Model("gpt2-30M", partial(gpt2, 7, 512), texts, 16),
-    Model("llama-7M", partial(llama, 4, 256, 688), texts, 16),
-    Model("llama-30M", partial(llama, 7, 512, 1376), texts, 16),
+    Model("gpt2-7M", partial(gpt2, 4, 256, *SMALL), partial(texts, *SMALL), 16),
+    Model("gpt2-30M", partial(gpt2, 7, 512, *SMALL), partial(texts, *SMALL), 16),
+    Model("llama-7M", partial(llama, 4, 256, 688, *SMALL), partial(texts, *SMALL), 16),
+    Model("llama-30M", partial(llama, 7, 512, 1376, *SMALL), partial(texts, *SMALL), 16),
     Model("cnn-0.3M", cnn, images, 32),
     Model("mlp-2M", mlp, vectors, 256),
+]
+# The sizes of GPT-2, for a GPU: 1,024 texts in one batch, or in eight.
+LARGE = [
+    Model(f"gpt2-124M-{size}", partial(gpt2, 12, 768, *GPT2), partial(texts, *GPT2), size, 64) for size in (1024, 128)
 ]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A model in training mode, one batch for each step, and one for the metric; the same in every process."""
+    """A model in training mode, one batch for each step, and one for the metric; the same in every process.
+
+    They are drawn on the CPU, whatever the device.
+    """
 
     module: nn.Module
     batches: list[Batch]
     held_out: Batch
 
     @staticmethod
-    def of(model: Model, num_steps: int) -> "Task":
+    def of(model: Model, num_steps: int, device: str) -> "Task":
         torch.manual_seed(0)
-        module, size = model.build().train(), model.batch_size
-        drawn = [model.draw(size) for _ in range(num_steps + 1)]
-        batches = [
-            {"x": x, "y": y, "index": torch.arange(start * size, (start + 1) * size)}
-            for start, (x, y) in enumerate(drawn)
-        ]
-        return Task(module, batches[:-1], batches[-1])
+        module = model.build().train()
+        sizes = [model.batch_size] * num_steps + [model.metric_size or model.batch_size]
+        drawn = [model.draw(size) for size in sizes]
+        indices = torch.arange(sum(sizes)).split(sizes)
+        batches = [{"x": x, "y": y, "index": index} for (x, y), index in zip(drawn, indices, strict=True)]
+        *batches, held_out = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+        return Task(module.to(device), batches, held_out)
+
+    @property
+    def device(self) -> torch.device:
+        return self.held_out["index"].device
 
     @property
     def batch_size(self) -> int:
-        return len(self.held_out["index"])
+        return len(self.batches[0]["index"])
 
     @property
     def num_examples(self) -> int:
         return len(self.batches) * self.batch_size
+
+    def weights(self) -> Tensor:
+        """A weight of 1 for each example."""
+        return torch.ones(self.num_examples, device=self.device)
 
     def initial(self) -> dict[str, Tensor]:
         """Copies of the initial parameters, which training may change."""

@@ -20,7 +20,7 @@ def torchopt_unrolled(task: Task, case: Case) -> Attempt:
         optimizer = torchopt.sgd(LR)
 
     def attempt(clock: Clock) -> Tensor:
-        params, weights = task.initial(), torch.ones(task.num_examples, requires_grad=True)
+        params, weights = task.initial(), task.weights().requires_grad_()
         # The other kernels of attention have no second derivative.
         with sdpa_kernel(SDPBackend.MATH), clock:
             state = optimizer.init(params)
@@ -51,7 +51,7 @@ def higher_unrolled(task: Task, case: Case) -> Attempt:
         raise ValueError("higher 0.2.1 has no `eps_root`: its Adam would train another run")
 
     def attempt(clock: Clock) -> Tensor:
-        weights = torch.ones(task.num_examples, requires_grad=True)
+        weights = task.weights().requires_grad_()
         optimizer = torch.optim.SGD(task.module.parameters(), lr=LR)
         with sdpa_kernel(SDPBackend.MATH), clock:
             with higher.innerloop_ctx(task.module, optimizer) as (module, differentiable):

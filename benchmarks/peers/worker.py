@@ -23,6 +23,7 @@ MAX_ATTEMPTS = 100  # of a turn
 class Settings:
     """What all processes have in common."""
 
+    device: str
     num_threads: int
     memory_gb: float
     turn_seconds: float
@@ -77,12 +78,12 @@ def _serve(connection: Connection, prepare: Contender, case: Case, settings: Set
         os.dup2(log.fileno(), 2)
     print(f"\n{prepare.__name__}: {case}", flush=True)
     torch.set_num_threads(settings.num_threads)
-    memory.limit(settings.memory_gb)
+    meter = memory.of(settings.device, settings.memory_gb)
     try:
         seconds = connection.recv()
-        attempt = prepare(Task.of(case.model, case.num_steps), case)
+        attempt = prepare(Task.of(case.model, case.num_steps, settings.device), case)
         while True:
-            connection.send(_turn(attempt, seconds))
+            connection.send(_turn(attempt, seconds, meter))
             seconds = connection.recv()
     except EOFError:
         return
@@ -92,17 +93,17 @@ def _serve(connection: Connection, prepare: Contender, case: Case, settings: Set
         connection.send(Failed(f"{type(error).__name__}: {first}"))
 
 
-def _turn(attempt: Attempt, at_least: float) -> Measured:
+def _turn(attempt: Attempt, at_least: float, meter: memory.Meter) -> Measured:
     """Medians of as many attempts as it takes: short ones would otherwise be measured worse than long ones."""
     clocks: list[Clock] = []
     peaks: list[float] = []
-    memory.give_back()
+    meter.give_back()
     while not clocks or (sum(clock.seconds for clock in clocks) < at_least and len(clocks) < MAX_ATTEMPTS):
-        start, clock = memory.restart_peak(), Clock()
+        start, clock = meter.restart_peak(), Clock()
         gradient = attempt(clock)
         clocks.append(clock)
-        peaks.append(memory.peak() - start)
+        peaks.append(meter.peak() - start)
         # Also for those whose turn is next, so that they have room.
-        memory.give_back()
+        meter.give_back()
     wall, processors = (median(times) for times in zip(*((c.seconds, c.cpu_seconds) for c in clocks), strict=True))
     return Measured(wall, processors, median(peaks), None if gradient is None else gradient.tolist())
