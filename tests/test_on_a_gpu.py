@@ -54,6 +54,7 @@ def test_schedules_and_stores_change_no_bit(on_gpu, name):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, on importing itself
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
 def test_a_compiled_run_is_the_uncompiled_one(on_gpu, name):
     problem = on_gpu[name](3)
