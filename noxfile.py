@@ -54,7 +54,7 @@ def exactness(session: nox.Session, step: str) -> None:
 @nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need a CUDA device, with whatever torch is asked for by `-- TORCH`, or the newest that fits."""
-    session.install(*session.posargs or ["torch>=2.10"])
+    session.install(*session.posargs or ["torch>=2.11"])
     session.install("-e", ".[test]")
     session.run("pytest", "tests/test_on_a_gpu.py", "tests/test_dpg_on_a_gpu.py", "-rs")
 

@@ -32,7 +32,8 @@ def refuse_chunks(*_: Any, options: object = None, **__: Any) -> Any:
     return NotImplemented
 
 
-REPAIRS: Mapping[object, Callable[..., Any]] = {
+REPAIRS: Mapping[Callable[..., Any], Callable[..., Any]] = {
     torch._weight_norm: weight_norm,
-    getattr(functional, "linear_cross_entropy", None): refuse_chunks,  # torch has it from 2.13 on.
+    # torch has it from 2.13 on.
+    getattr(functional, "linear_cross_entropy", refuse_chunks): refuse_chunks,
 }

@@ -106,9 +106,6 @@ COMPOSITE = {
         ((2, 5, 3), (2, 5, 3)),
         IN_PLACE,
     ),
-    "linear_cross_entropy": Operation(
-        lambda x, w: F.linear_cross_entropy(x, w, labels(3)), ((3, 4), (5, 4)), natively=IN_PLACE
-    ),
     "layer_norm": Operation(lambda x, w, b: F.layer_norm(x, (5,), w, b), ((3, 5), (5,), (5,)), SILENT),
     "layer_norm, two axes": Operation(lambda x, w: torch.layer_norm(x, (3, 4), w), ((2, 3, 4), (3, 4)), SILENT),
     "group_norm": Operation(lambda x, w, b: F.group_norm(x, 2, w, b), (PICTURES, (4,), (4,)), MISSING),
@@ -156,6 +153,10 @@ COMPOSITE = {
         lambda: nn.TransformerEncoderLayer(4, 2, 6, activation=F.gelu), (3, 2, 4), **{REVERSE: RAISES}
     ),
 }
+if hasattr(F, "linear_cross_entropy"):  # From torch 2.13 on.
+    COMPOSITE["linear_cross_entropy"] = Operation(
+        lambda x, w: F.linear_cross_entropy(x, w, labels(3)), ((3, 4), (5, 4)), natively=IN_PLACE
+    )
 
 ACTIVATIONS = (
     "relu relu6 elu selu celu leaky_relu softplus hardswish hardtanh tanhshrink softsign logsigmoid hardshrink "

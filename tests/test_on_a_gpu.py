@@ -5,6 +5,7 @@ Skipped where torch finds no CUDA device; `nox -s gpu` runs them there.
 
 import os
 from dataclasses import replace
+from functools import partial
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # Read when CUDA starts: torch's deterministic products.
 
@@ -22,12 +23,16 @@ ALL_PROBLEMS = {**PROBLEMS, **ODD_PROBLEMS}
 
 
 @pytest.fixture
-def on_gpu(monkeypatch):
-    """Problems built on the GPU: every tensor that they draw is put there."""
-    generator = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda: generator("cuda"))
+def on_gpu():
+    """Builds problems on the GPU: every tensor that they draw is put there."""
+
+    def built(name, num_steps):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "Generator", partial(torch.Generator, "cuda"))
+            return ALL_PROBLEMS[name].__wrapped__(num_steps)
+
     torch.set_default_device("cuda")
-    yield {name: build.__wrapped__ for name, build in ALL_PROBLEMS.items()}
+    yield built
     torch.set_default_device("cpu")
 
 
@@ -35,7 +40,7 @@ def on_gpu(monkeypatch):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ALL_PROBLEMS)
 def test_gradients_are_exact(on_gpu, name, optimizer, options):
-    arguments = on_gpu[name](4).arguments(OPTIMIZERS[optimizer], **options)
+    arguments = on_gpu(name, 4).arguments(OPTIMIZERS[optimizer], **options)
     exact = mg.check.unrolled(*arguments, wrt_params=True)
     assert_agree(mg.metagradient(*arguments, wrt_params=True), exact, rtol=1e-9)
 
@@ -44,7 +49,7 @@ def test_gradients_are_exact(on_gpu, name, optimizer, options):
 def test_schedules_and_stores_change_no_bit(on_gpu, name):
     torch.use_deterministic_algorithms(True)
     try:
-        arguments = on_gpu[name](5).arguments(OPTIMIZERS["adamw"])
+        arguments = on_gpu(name, 5).arguments(OPTIMIZERS["adamw"])
         wanted = mg.metagradient(*arguments, schedule=mg.EveryStep(), wrt_params=True)
         for slots in (1, 2, 4):
             for store in (mg.RamStore(), mg.PinnedStore()):
@@ -57,7 +62,7 @@ def test_schedules_and_stores_change_no_bit(on_gpu, name):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's compiler, on importing itself
 @pytest.mark.parametrize("name", ["mlp", "gpt2"])
 def test_a_compiled_run_is_the_uncompiled_one(on_gpu, name):
-    problem = on_gpu[name](3)
+    problem = on_gpu(name, 3)
     compiled, plain = (
         mg.metagradient(*problem.arguments(OPTIMIZERS["adam"], compile=on), wrt_params=True) for on in (True, False)
     )
