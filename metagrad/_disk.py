@@ -23,7 +23,8 @@ class DiskStore(Store):
 
     Args:
         folder: made if absent. It must hold no states yet, but those of `left`.
-        left: files that an earlier process wrote, by step, and `like` what they hold.
+        left: files that an earlier process wrote, by step, and `like` what they hold. Where they are given, a later
+            process is to find what is written now: it is on the disk before it counts.
 
     Raises:
         ValueError: if the folder holds states of another run.
@@ -33,7 +34,7 @@ class DiskStore(Store):
     def __init__(
         self, folder: str | os.PathLike[str], left: Mapping[int, Path] | None = None, like: Blueprint | None = None
     ) -> None:
-        self.folder = Path(folder)
+        self.folder, self._durable = Path(folder), left is not None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._paths = dict(left or {})
         if found := min(set(self.folder.glob("state-*.safetensors")) - set(self._paths.values()), default=None):
@@ -60,7 +61,8 @@ class DiskStore(Store):
         step = kept.state.step
         refuse_second(step, self._paths)
         self._like[step] = Blueprint.of(kept)
-        written = self._working().submit(write_tree, self.folder, f"state-{step:08d}", kept)
+        name = f"state-{step:08d}"
+        written = self._working().submit(write_tree, self.folder, name, kept, durable=self._durable)
         self._writing = (step, num_bytes(kept), written)
         self._count()
 

@@ -1,26 +1,50 @@
 """Tensors in files that are whole or absent: written beside and renamed, the checksum of all bytes in the name."""
 
 import errno
+import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import optree
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from metagrad._tree import describe, map_tensors, separate, tensor_leaves
 from metagrad._types import ResumeError, Tree
 
 CHUNK = 1 << 22  # bytes read at a time
+KINDS = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Types of numbers, as safetensors names them."""
+
 REMEDY = "Delete the folder to start again, or continue from an undamaged copy of it."
 
 
-def write_tree(folder: Path, name: str, tree: Tree) -> Path:
-    """Write the tensors and numbers of `tree` to `folder/name.<checksum>.safetensors`, durably, and return the path.
+def write_tree(folder: Path, name: str, tree: Tree, *, durable: bool = True) -> Path:
+    """Write the tensors and numbers of `tree` to `folder/name.<checksum>.safetensors`, and return the path.
+
+    Args:
+        durable: wait until the disk has them, so that a machine that loses power does not lose them.
 
     Raises:
         OSError: if it cannot be written, for instance on a full disk; nothing of it is left then.
@@ -28,11 +52,13 @@ def write_tree(folder: Path, name: str, tree: Tree) -> Path:
     unfinished = folder / f"{name}.unfinished"
     try:
         save_file(_separate(_by_name(tree)), unfinished)
-        with open(unfinished, "rb+") as file:
-            os.fsync(file.fileno())
+        if durable:
+            with open(unfinished, "rb+") as file:
+                os.fsync(file.fileno())
         path = folder / f"{name}.{_checksum(unfinished):08x}.safetensors"
         unfinished.rename(path)
-        sync_folder(folder)
+        if durable:
+            sync_folder(folder)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
         raise could_not_write(name, folder, error) from error
@@ -65,30 +91,59 @@ class Blueprint(NamedTuple):
 def read_tree(path: Path, like: Blueprint) -> Tree:
     """The tree that was written to `path`.
 
-    Tensors that are not in `like` are passed over.
+    Tensors that are not in `like` are passed over. No more memory is taken than for the tree.
 
     Raises:
         ResumeError: if a byte of the file has changed, or it lacks a tensor of `like`.
     """
     if path.suffixes[-2:-1] != [f".{_checksum(path):08x}"]:
         raise ResumeError(f"{path} is damaged: its bytes do not have the checksum that its name tells. {REMEDY}")
-    tensors = load_file(path)
-    for name, wanted in _by_name(like.tree).items():
-        found = tensors.get(name)
-        if found is None or found.shape != wanted.shape or found.dtype != wanted.dtype:
-            raise ResumeError(
-                f"{path} holds {describe(found)} as {name}, where {describe(wanted)} was expected. {REMEDY}"
-            )
-    order, devices = iter(_by_name(like.tree)), iter(like.devices)
+    wanted, devices = _by_name(like.tree), iter(like.devices)
+    order = iter(wanted)
+    with open(path, "rb") as file:
+        header, start = _header(file)
+        for name, leaf in wanted.items():
+            found = header.get(name)
+            if found is None or (found.kind, found.shape) != (KINDS[leaf.dtype], list(leaf.shape)):
+                raise ResumeError(
+                    f"{path} holds {found or 'nothing'} as {name}, where {describe(leaf)} was expected. {REMEDY}"
+                )
 
-    def read(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            # Copied: torch's own memory is aligned, a mapped file's is not, and a matrix product may differ in its last
-            # bit.
-            return torch.empty_like(leaf, device=next(devices)).copy_(tensors[next(order)])
-        return type(leaf)(tensors[next(order)].item()) if isinstance(leaf, int | float) else leaf
+        def read(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor | int | float):
+                return leaf
+            name = next(order)
+            # Into torch's own memory, which is aligned: a mapped file's is not, and a matrix product may differ in its
+            # last bit.
+            tensor = torch.empty(wanted[name].shape, dtype=wanted[name].dtype)
+            file.seek(start + header[name].offsets[0])
+            file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            if not isinstance(leaf, Tensor):
+                return type(leaf)(tensor.item())
+            device = next(devices)
+            if device.type == "cpu" and leaf.is_contiguous():
+                return tensor
+            return torch.empty_like(leaf, device=device).copy_(tensor)  # In the order that it had in memory.
 
-    return optree.tree_map(read, like.tree)
+        return optree.tree_map(read, like.tree)
+
+
+class _Entry(NamedTuple):
+    """What a file's header says of a tensor."""
+
+    kind: str
+    shape: list[int]
+    offsets: list[int]
+
+    def __str__(self) -> str:
+        return f"a tensor of {self.kind} and shape {tuple(self.shape)}"
+
+
+def _header(file: BinaryIO) -> tuple[dict[str, _Entry], int]:
+    """The header of a safetensors file, and where the bytes of its tensors begin."""
+    length = int.from_bytes(file.read(8), "little")
+    entries = json.loads(file.read(length))
+    return {name: _Entry(e["dtype"], e["shape"], e["data_offsets"]) for name, e in entries.items()}, 8 + length
 
 
 def _by_name(tree: Tree) -> dict[str, Tensor]:
