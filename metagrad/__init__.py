@@ -1,6 +1,6 @@
 """Exact gradients of any metric of a trained model with respect to anything its training depended on."""
 
-from metagrad import attribution, check, optim
+from metagrad import attribution, check, distributed, optim
 from metagrad._buffers import DifferentiableStatistics
 from metagrad._cross_entropy import linear_cross_entropy
 from metagrad._custom import AutogradStep
@@ -41,6 +41,7 @@ __all__ = [
     "Tree",
     "attribution",
     "check",
+    "distributed",
     "dry_run",
     "linear_cross_entropy",
     "metagradient",

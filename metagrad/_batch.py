@@ -1,5 +1,6 @@
 """The gradient of a batch's mean loss, micro-batch by micro-batch, and its pullback (theory.md, eq. 1, 5 and 6)."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,9 +16,10 @@ from metagrad._forward import Contribution
 from metagrad._loss import cut, refuse_non_finite_losses
 from metagrad._modes import Cotangents, Pulled
 from metagrad._random import drawing
+from metagrad._ranks import Ranks
 from metagrad._refusals import refuse_non_finite_gradient
 from metagrad._reverse import nonzero
-from metagrad._tree import add
+from metagrad._tree import add, grouped, joined, tensor_leaves
 from metagrad._types import Loss, Params, Tree
 
 
@@ -29,11 +31,15 @@ class Start(NamedTuple):
 
 
 class Evaluated(NamedTuple):
-    """Everything of a step that is known before its update; enough to pull back without evaluating it again."""
+    """Everything of a step that is known before its update; enough to pull back without evaluating it again.
+
+    `drew` says whether the loss drew random numbers.
+    """
 
     gradient: list[Tensor]
     starts: list[Start]
     end: Start
+    drew: bool
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class BatchLoss:
     Attributes:
         reverse_microbatch_size: of the pullback, if another; then each loss is a function of its example alone.
         derivatives: how one micro-batch's loss is differentiated where no graph is kept.
+        ranks: the processes that hold the other parts of the batch; sums over micro-batches are over theirs, too.
     """
 
     loss: Loss
@@ -52,10 +59,14 @@ class BatchLoss:
     reverse_microbatch_size: int | None
     constant_buffers: bool
     derivatives: Derivatives
+    ranks: Ranks | None
 
     def gradient(self, params: Params, start: Start, meta: Tree, keep_graph: bool) -> Evaluated:
         """∇_θ of the mean loss at `params` (eq. 1), checked to be finite; with a graph from the tensors given."""
-        end, starts = start, []
+        end, starts, seen = start, [], []
+        if self.ranks is not None:
+            own, common = self.ranks.own_random(start.rng, params)
+            end = Start(start.buffers, own)
         total: list[Tensor] = []
         for evaluate, batch in self._pieces(self.microbatch_size):
             starts.append(end)
@@ -66,11 +77,18 @@ class BatchLoss:
                     refuse_unseen_changes(end.buffers, buffers)
                 else:
                     new, losses, buffers = self.derivatives.gradient(evaluate, at)
-            refuse_non_finite_losses(losses, self.step)
             end = Start(buffers, rng[0])
             total = add(total, new) if total else new
+            seen.append(losses)
+        drew = not all(map(torch.equal, starts[0].rng, end.rng))
+        if self.ranks is not None:
+            end = Start(self._same_buffers(start.buffers, end.buffers), common)
+            # Before anything is refused: the ranks refuse together, and nobody waits for one that has stopped.
+            total = self.ranks.sum(total, f"the gradient of step {self.step}")
+        for losses in seen:
+            refuse_non_finite_losses(losses, self.step)
         refuse_non_finite_gradient(params, total, self.step)
-        evaluated = Evaluated(total, starts, end)
+        evaluated = Evaluated(total, starts, end, drew)
         if self.reverse_microbatch_size is not None and self.step == 0:
             self._refuse_company(params, meta, evaluated)  # Now, before the others are run.
         return evaluated
@@ -82,7 +100,7 @@ class BatchLoss:
             with drawing(start.rng, params), torch.enable_grad():
                 new = contribution(evaluate(Point(params, start.buffers, batch, meta)).share)
             total = add(total, new) if total else new
-        return total
+        return total if self.ranks is None else self.ranks.sum(total, f"the pullback of step {self.step}")
 
     def pull(
         self,
@@ -101,6 +119,8 @@ class BatchLoss:
         """
         if self.reverse_microbatch_size is not None:
             self._refuse_company(params, meta, evaluated)
+        if self.ranks is not None and self.ranks.rank > 0:
+            ends = [[None] * len(end) for end in ends]  # In the sum over the ranks once.
         totals: list[Pulled] | None = None
         for evaluate, batch, start in reversed(self._reversible(evaluated.starts)):
             # One micro-batch's graph at a time, joined to the one before by its buffers' cotangent.
@@ -110,20 +130,21 @@ class BatchLoss:
             ends = [nonzero(each.buffers) for each in new]
             totals = new if totals is None else [_sum(*pair) for pair in zip(totals, new, strict=True)]
         assert totals is not None
-        return totals
+        return totals if self.ranks is None else self._summed(totals, self.ranks)
 
     def _refuse_company(self, params: Params, meta: Tree, evaluated: Evaluated) -> None:
         """Raise unless the pieces of the reverse pass, which cuts the batch elsewhere, have the same gradient."""
         start, end = evaluated.starts[0], evaluated.end
         changed = [name for name, buffer in start.buffers.items() if not torch.equal(buffer, end.buffers[name])]
-        drawn = not all(map(torch.equal, start.rng, end.rng))
         total: list[Tensor] = []
         for evaluate, batch in self._pieces(self.reverse_microbatch_size):
             with drawing(start.rng, params):
                 new = self.derivatives.gradient(evaluate, Point(params, start.buffers, batch, meta)).gradient
             total = add(total, new) if total else new
-        if changed or drawn or disagreement(total, evaluated.gradient) is not None:
-            why = f"it changes buffer {changed[0]!r}" if changed else "it draws random numbers" if drawn else ""
+        if self.ranks is not None:
+            total = self.ranks.sum(total, f"the gradient of step {self.step}")
+        if changed or evaluated.drew or disagreement(total, evaluated.gradient) is not None:
+            why = f"it changes buffer {changed[0]!r}" if changed else "it draws random numbers" if evaluated.drew else ""
             raise ValueError(
                 "`reverse_microbatch_size` cuts the batch in other places than the forward run does, but the loss of "
                 f"an example depends on the others of its micro-batch ({why or 'as under batch norm'}) at step "
@@ -137,10 +158,34 @@ class BatchLoss:
         return [(*piece, start) for piece, start in zip(pieces, begun, strict=True)]
 
     def _pieces(self, size: int | None) -> list[tuple[Evaluation, Tree]]:
+        if self.ranks is None:
+            pieces = list(cut(self.batch, size))
+        else:
+            own = list(cut(self.batch, size or sys.maxsize))
+            device = tensor_leaves(self.batch)[0].device
+            whole = self.ranks.count(own[0].num_total or 0, device)
+            pieces = [piece._replace(num_total=whole) for piece in own]
         return [
             (Evaluation(self.loss, self.step, piece.num_examples, piece.num_total, self.constant_buffers), piece.batch)
-            for piece in cut(self.batch, size)
+            for piece in pieces
         ]
+
+    def _same_buffers(self, before: Params, after: Params) -> Params:
+        """`after`, which no rank's examples may have changed."""
+        for name, buffer in before.items():
+            if buffer.is_floating_point() and not torch.equal(buffer, after[name]):
+                raise ValueError(
+                    f"the loss changes buffer {name!r} by the examples that it sees, of which every rank has others. "
+                    "Use a norm without running statistics (layer or group norm), or put the module in eval mode."
+                )
+        return after
+
+    def _summed(self, totals: list[Pulled], ranks: Ranks) -> list[Pulled]:
+        """The sum over the ranks, of all metrics at once."""
+        groups = [part for each in totals for part in each]
+        summed = ranks.sum(joined(groups), f"the pullback of step {self.step}")
+        parts = grouped(summed, groups)
+        return [Pulled(*parts[start : start + 3]) for start in range(0, len(parts), 3)]
 
 
 def _sum(total: Pulled, new: Pulled) -> Pulled:

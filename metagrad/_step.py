@@ -16,10 +16,12 @@ from metagrad._loss import WeightedLoss
 from metagrad._modes import REFERENCE
 from metagrad._pullback import StepPullback
 from metagrad._random import seeded
+from metagrad._ranks import Ranks
 from metagrad._refusals import refuse_changed_shapes, refuse_other_structure, refuse_shared_modules, refuse_unreadable
 from metagrad._transformation import Transformation, chained
 from metagrad._tree import describe, detached, differentiable, fresh, independent, tensor_leaves
 from metagrad._types import Batches, Loss, Params, Pull, State, Tree
+from metagrad._witness import digests
 from metagrad.optim import adapt, clip
 
 Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransformation]
@@ -48,6 +50,8 @@ class TrainStep:
         curvature: how the way back through a gradient is computed (docs/speed.md): "reverse-over-reverse",
             "forward-over-reverse", "reverse-over-forward", or "auto", the fastest of them. The first is taken where a
             loss uses an operation that the others are not tested with, or where one of them does not agree with it.
+        ranks: the processes that train together, each on its part of every batch (`metagrad.distributed`). The mean is
+            over all parts, and gradients come back whole on every rank. None: this process alone.
         constant_buffers: take buffers (running statistics) as constants. Otherwise they are state like any other, and
             a metric or a loss that reads them is differentiated through them.
 
@@ -67,6 +71,7 @@ class TrainStep:
     constant_buffers: bool = False
     compile: bool = False
     curvature: str = REFERENCE
+    ranks: Ranks | None = None
     derivatives: Derivatives = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -124,7 +129,10 @@ class TrainStep:
             refuse_other_structure("the optimizer state", given.optimizer, optimizer)
             optimizer = independent(given.optimizer)
         rng = given.rng if given is not None and given.rng else seeded(self.seed, own)
-        return State(own, independent(dict(buffers)), optimizer, rng, step=0)
+        state = State(own, independent(dict(buffers)), optimizer, rng, step=0)
+        if self.ranks is not None:
+            self.ranks.refuse_different("the initial parameters, buffers, optimizer state or `seed`", state, digests)
+        return state
 
     def validate(self, batches: Batches, meta: Tree) -> None:
         """Check all batches before any training.
@@ -132,6 +140,15 @@ class TrainStep:
         Raises:
             ValueError: for no batches, an empty batch, or weights that do not fit the batches.
         """
+        if self.ranks is None:
+            return self._validate(batches, meta)
+        self.ranks.agreed(lambda: self._validate(batches, meta), "the batches")
+        lengths = self.ranks.gathered(len(batches), "the batches")
+        if len(set(lengths)) > 1:
+            raise ValueError(f"the ranks have {lengths} batches. Give each its part of every batch: as many.")
+        self.ranks.refuse_different("`meta`", meta, digests)
+
+    def _validate(self, batches: Batches, meta: Tree) -> None:
         refuse_unreadable(batches)
         ranges = []
         for step in range(len(batches)):
@@ -153,6 +170,11 @@ class TrainStep:
         """
         if not torch.is_grad_enabled():
             return self.advance(state, batch, meta)[0]
+        if self.ranks is not None:
+            raise ValueError(
+                "a step of several ranks keeps no graph. Call it under torch.no_grad(), or differentiate the run by "
+                "mg.metagradient or mg.train."
+            )
         # What has a graph keeps it; the other parameters become leaves of this step alone.
         params = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in state.params.items()}
         start = Start(state.buffers, state.rng)
@@ -185,6 +207,8 @@ class TrainStep:
         evaluated = kept or loss.gradient(inputs.params, start, meta, keep_graph=self.keeps_graph)
         # Forward mode is checked against the gradient, in which an example of weight 0 does not appear.
         linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta) and not self.compile
+        if self.ranks is not None:
+            linear = self.ranks.all(linear, tensor_leaves(batch)[0].device)
         with torch.enable_grad():
             optimizer = self._transformation(meta)
         pull = StepPullback(loss, optimizer, inputs, meta, evaluated, wrt_state, self.keeps_graph, linear)
@@ -198,7 +222,7 @@ class TrainStep:
     @property
     def keeps_graph(self) -> bool:
         """Whether a reversed step keeps the graph of its gradient until that is pulled back."""
-        uncut = self.microbatch_size is None and self.reverse_microbatch_size is None
+        uncut = self.microbatch_size is None and self.reverse_microbatch_size is None and self.ranks is None
         return uncut and isinstance(self.derivatives, ReverseOverReverse)
 
     def _loss_of(self, batch: Tree, state: State) -> BatchLoss:
@@ -210,6 +234,7 @@ class TrainStep:
             self.reverse_microbatch_size,
             self.constant_buffers,
             self.derivatives,
+            self.ranks,
         )
 
     def _next(self, state: State, evaluated: Evaluated, meta: Tree) -> State:

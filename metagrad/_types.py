@@ -162,5 +162,9 @@ class ReplayMismatchError(RuntimeError):
     """The same step on the same inputs gave other bits; the message names the step and the tensor."""
 
 
+class RankError(RuntimeError):
+    """Another process of the run has ended, failed, or does not answer; the message names its rank."""
+
+
 class ResumeError(RuntimeError):
     """A run's folder cannot be continued; the message names the file, and what in it does not fit."""
