@@ -70,6 +70,18 @@ def build(preset: Preset) -> Parts:
     )
 
 
+def build_reward(preset: Preset) -> Reward:
+    """The reward of a preset alone, with the models that it needs.
+
+    Raises:
+        ValueError: if something is not there, or does not fit.
+    """
+    experiment, settings = preset.experiment, preset.settings
+    _refuse_missing_device(settings.device)
+    judge = Judge(load_target(settings), experiment.metric(), experiment.measure_texts)
+    return _reward(settings, experiment, judge)
+
+
 def _refuse_missing_device(name: str) -> None:
     try:
         torch.empty(0, device=name)

@@ -34,14 +34,19 @@ def run(
     prompts: Annotated[str | None, typer.Option(help="Text or JSON-lines file, or a data set.")] = None,
     metric: Annotated[str | None, typer.Option(help="Of `custom`: module:name or file.py:name.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
+    engine: Annotated[str, typer.Option(help="What trains: builtin, or trl for its GRPOTrainer.")] = "builtin",
+    trl_config: Annotated[Path | None, typer.Option(help="YAML file of further GRPOConfig fields.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the folder.")] = False,
     debug: Debug = False,
 ) -> None:
     """Run an experiment; writes figures, pictures, texts and the trained generator into a folder."""
     keep_freed_memory()
     with collector_paused():
+        from dpg.engine import engine as engine_of
         from dpg.preset import load, parse
         from dpg.run import run as run_experiment
+
+        training = engine_of(engine, trl_config)
     forget_what_stays()
 
     options = {"seed": seed, "generator": generator, "target": target, "prompts": prompts, "function": metric}
@@ -50,8 +55,9 @@ def run(
     path = out or Path("runs") / f"{experiment}-{chosen.settings.seed}"
     start = time.perf_counter()
     command = shlex.join(["dpg", *(argument for argument in sys.argv[1:] if argument != "--resume")])
-    run_experiment(chosen, path, resume=resume, command=command)
-    print(f"finished in {time.perf_counter() - start:.0f} s: see {path / 'report.md'}")
+    run_experiment(chosen, path, resume=resume, command=command, engine=training)
+    if training.is_main:
+        print(f"finished in {time.perf_counter() - start:.0f} s: see {path / 'report.md'}")
 
 
 @app.command()

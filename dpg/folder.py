@@ -13,6 +13,10 @@ import torch
 
 from dpg.records import Checkpoint, Record
 
+CHECKPOINT = "checkpoint.pt"
+TRL_CHECKPOINT = "checkpoint.json"
+"""Which of TRL's own checkpoints is whole."""
+
 
 class RunFolderError(Exception):
     """A run folder that cannot be used as asked; the message says why and what to do."""
@@ -33,7 +37,7 @@ class RunFolder:
         if self.path.is_file():
             raise RunFolderError(f"{self.path} is a file. Pass a folder with --out.")
         if self.path.exists() and any(self.path.iterdir()):
-            resumable = (self.path / "checkpoint.pt").exists()
+            resumable = any((self.path / name).exists() for name in (CHECKPOINT, TRL_CHECKPOINT))
             what = (
                 "Pass --resume to continue the run in it" if resumable else "It holds no checkpoint to resume. Empty it"
             )
@@ -53,6 +57,20 @@ class RunFolder:
         Raises:
             RunFolderError: if there is no such run, or it was started with another configuration.
         """
+        self.refuse_another_run(config, CHECKPOINT)
+        try:
+            checkpoint = Checkpoint(**torch.load(self.path / CHECKPOINT, weights_only=True))
+        except Exception as error:  # torch has a different error for every way in which a file can be damaged.
+            raise RunFolderError(f"{self.path / CHECKPOINT} is damaged ({error}). Start a new run.") from error
+        self.cut_back(checkpoint.step)
+        return checkpoint
+
+    def refuse_another_run(self, config: dict[str, Any], checkpoint: str) -> None:
+        """Raise a RunFolderError unless the run here has this configuration, and all that resuming needs.
+
+        Args:
+            checkpoint: the name of the file or folder that its engine goes on from.
+        """
         started = self.read_config()
         for key in sorted({*started, *config} - {"command", "track"}):
             if started.get(key) != config.get(key):
@@ -60,21 +78,23 @@ class RunFolder:
                     f"the run in {self.path} was started with {key} = {started.get(key)!r}, not {config.get(key)!r}. "
                     "Resume it with the same arguments, or start another with a new --out."
                 )
-        for name in ("checkpoint.pt", "metrics.jsonl", "untrained.jsonl", "prose.jsonl", "target"):
+        for name in (checkpoint, "metrics.jsonl", "untrained.jsonl", "prose.jsonl", "target"):
             if not (self.path / name).exists():
                 raise RunFolderError(f"{self.path} cannot be resumed: it holds no {name}. Delete it and start anew.")
-        try:
-            checkpoint = Checkpoint(**torch.load(self.path / "checkpoint.pt", weights_only=True))
-        except Exception as error:  # torch has a different error for every way in which a file can be damaged.
-            raise RunFolderError(f"{self.path / 'checkpoint.pt'} is damaged ({error}). Start a new run.") from error
-        kept = [line for line in self.records() if line["step"] <= checkpoint.step]
-        if [line["step"] for line in kept] != list(range(checkpoint.step + 1)):
+
+    def cut_back(self, step: int) -> None:
+        """Forget the records of the steps after `step`.
+
+        Raises:
+            RunFolderError: if one up to there is missing.
+        """
+        kept = [line for line in self.records() if line["step"] <= step]
+        if [line["step"] for line in kept] != list(range(step + 1)):
             raise RunFolderError(
-                f"{self.path / 'metrics.jsonl'} does not hold every step up to {checkpoint.step}, where the checkpoint "
+                f"{self.path / 'metrics.jsonl'} does not hold every step up to {step}, where the checkpoint "
                 "is. It was changed or damaged; start a new run."
             )
         self._replace("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept).encode())
-        return checkpoint
 
     def read_config(self) -> dict[str, Any]:
         """What the run was started with.
@@ -93,7 +113,7 @@ class RunFolder:
         """Keep `checkpoint` in place of the one before."""
         content = BytesIO()  # torch hides a full disk behind an error of its own; plain writing does not.
         torch.save(checkpoint._asdict(), content)
-        self._replace("checkpoint.pt", content.getvalue())
+        self._replace(CHECKPOINT, content.getvalue())
 
     def record(self, record: Record) -> None:
         """Add a line to `metrics.jsonl`, and the texts of a validation to a file of their own."""

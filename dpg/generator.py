@@ -163,19 +163,38 @@ class Generator:
         ).logits
         return logits if self.temperature == 1 else logits / self.temperature
 
-    def _chat_ids(self, prompt: str) -> list[int]:
-        def within_template(content: str) -> list[int]:
-            said = [{"role": "user", "content": content}]
-            return self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+    def cut(self, prompt: str) -> str:
+        """The part of a prompt that is read, as text; in a chat, of what the user says.
 
-        whole = within_template(prompt)
-        if len(whole) <= self.max_prompt_tokens:
-            return whole
-        room = self.max_prompt_tokens - len(within_template(""))
+        A tokenizer may split the cut text elsewhere than the whole one: never into more than `max_prompt_tokens`.
+        """
+        if self.chat:
+            return self._said(prompt)
+        ids = self.tokenizer(prompt, verbose=False)["input_ids"]
+        if len(ids) <= self.max_prompt_tokens:
+            return prompt
+        for length in range(self.max_prompt_tokens, 0, -1):
+            text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
+            if len(self.tokenizer(text, verbose=False)["input_ids"]) <= self.max_prompt_tokens:
+                return text
+        raise ValueError(f"`max_prompt_tokens` {self.max_prompt_tokens} leaves nothing of the prompt {prompt!r}.")
+
+    def _chat_ids(self, prompt: str) -> list[int]:
+        return self._within_template(self._said(prompt))
+
+    def _said(self, prompt: str) -> str:
+        """As much of a prompt as fits into the chat template."""
+        if len(self._within_template(prompt)) <= self.max_prompt_tokens:
+            return prompt
+        room = self.max_prompt_tokens - len(self._within_template(""))
         if room < 1:
             raise ValueError(f"`max_prompt_tokens` {self.max_prompt_tokens} leaves no room in the chat template.")
         ids = self.tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]
-        return within_template(self.tokenizer.decode(ids[:room]))
+        return self.tokenizer.decode(ids[:room])
+
+    def _within_template(self, content: str) -> list[int]:
+        said = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
 
 
 def token_log_probs(

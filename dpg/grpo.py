@@ -82,6 +82,22 @@ def group_advantages(rewards: Float[Tensor, "prompts group"], *, normalize: bool
         normalize: also divide each group by its own standard deviation.
 
     Raises:
+        ValueError: as `spread_of`.
+    """
+    spread = spread_of(rewards)
+    if spread == 0:  # All texts are worth the same, as those of a generator that has learned one.
+        return torch.zeros_like(rewards)
+    centred = (rewards - reduce(rewards, "prompts group -> prompts 1", "mean")) / spread.to(rewards.dtype)
+    if not normalize:
+        return centred
+    # A group whose rewards all agree has zero advantages, whatever its scale; 1e-6 is in units of the batch's spread.
+    return centred / (centred.std(dim=1, keepdim=True) + 1e-6)
+
+
+def spread_of(rewards: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:
+    """The standard deviation of a batch's rewards in float64; 0 if all are equal.
+
+    Raises:
         ValueError: if a reward is NaN or infinite, or all are 0: then nothing that was written has anything to do with
             the metric.
     """
@@ -92,14 +108,7 @@ def group_advantages(rewards: Float[Tensor, "prompts group"], *, normalize: bool
             f"all {rewards.numel()} rewards are 0: what was written has nothing to do with the metric. Is it about "
             "weights that these texts can move?"
         )
-    spread = rewards.double().std()  # The square of a reward of 1e-20 is no float32.
-    if spread == 0:  # All texts are worth the same, as those of a generator that has learned one.
-        return torch.zeros_like(rewards)
-    centred = (rewards - reduce(rewards, "prompts group -> prompts 1", "mean")) / spread.to(rewards.dtype)
-    if not normalize:
-        return centred
-    # A group whose rewards all agree has zero advantages, whatever its scale; 1e-6 is in units of the batch's spread.
-    return centred / (centred.std(dim=1, keepdim=True) + 1e-6)
+    return rewards.double().std()  # The square of a reward of 1e-20 is no float32.
 
 
 def policy_loss(

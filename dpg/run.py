@@ -3,7 +3,7 @@
 import signal
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +12,38 @@ import torch
 from dpg import report
 from dpg.build import Parts, build
 from dpg.display import Display
+from dpg.engine import BuiltinEngine, Engine, Interrupted, checkpoint_due
 from dpg.estimate import estimate, refuse_too_large
 from dpg.folder import RunFolder
-from dpg.loop import train, write
+from dpg.loop import write
 from dpg.preset import Preset
-from dpg.records import Checkpoint, Record
+from dpg.records import Record
 from dpg.settings import Settings
 from dpg.tracking import refuse_missing, tracker
 
 
-class Interrupted(Exception):
-    """The run was asked to stop and has saved all it did; the message says how to continue."""
-
-
-def run(preset: Preset, path: Path, *, resume: bool = False, command: str = "") -> None:
+def run(preset: Preset, path: Path, *, resume: bool = False, command: str = "", engine: Engine | None = None) -> None:
     """Carry out `preset` in the folder `path`; `command` is what the report says made it.
+
+    Args:
+        engine: what trains; None for the loop of this package. Of several processes, each calls this function.
 
     Raises:
         ValueError, RunFolderError: before anything is trained, for settings that cannot work.
         Interrupted: after Ctrl-C, once the step in progress is finished and saved.
     """
-    refuse_missing(preset.settings.track)
-    parts, settings, folder = build(preset), preset.settings, RunFolder(path)
+    engine, settings, folder = engine or BuiltinEngine(), preset.settings, RunFolder(path)
+    refuse_missing(settings.track)
+    environment = engine.environment(settings, path)
+    parts = build(preset)
     config = {"experiment": preset.experiment.name, "command": command, **preset.as_dict(), **_environment(parts)}
+    config |= environment
     expected = estimate(parts, settings)
     refuse_too_large(parts, settings)
-    checkpoint = folder.reopen(config) if resume else None
+    checkpoint = engine.reopen(folder, config) if resume else None
+    if not engine.is_main:
+        engine.train(parts, settings, folder, checkpoint, lambda record, save: None)
+        return
     print(f"{preset.experiment.name}: {expected}", flush=True)
     if not resume:
         folder.create(config, needed_bytes=expected.disk)
@@ -45,35 +51,25 @@ def run(preset: Preset, path: Path, *, resume: bool = False, command: str = "") 
         _prepare(folder, parts, settings)
 
     with (
-        _stop_requested() as stopping,
+        # One of several processes cannot stop at a step of its own; their launcher ends them all.
+        _stop_requested() if engine.num_processes == 1 else nullcontext(lambda: False) as stopping,
         Display(settings.num_steps) as display,
-        tracker(settings.track, path, config) as track,
+        tracker("none" if engine.tracks else settings.track, path, config) as track,
     ):
 
-        def on_step(record: Record, take_checkpoint: Callable[[], Checkpoint]) -> None:
+        def on_step(record: Record, save: Callable[[], None]) -> None:
             folder.record(record)
             display.show(record)
             track(record)
-            last = record.step == settings.num_steps
-            if stopping() or last or record.step % settings.checkpoint_every == 0:
-                folder.save(take_checkpoint())
-            if stopping() and not last:
+            if stopping() or checkpoint_due(settings, record.step):
+                save()
+            if stopping() and record.step < settings.num_steps:
                 raise Interrupted(
                     f"stopped after step {record.step} of {settings.num_steps}; nothing is lost. "
                     f"Continue with the same command and --resume --out {path}"
                 )
 
-        train(
-            parts.generator,
-            parts.prompts,
-            parts.reward,
-            parts.config,
-            judge=parts.judge,
-            validation=parts.validation,
-            seed=settings.seed,
-            resume=checkpoint,
-            on_step=on_step,
-        )
+        engine.train(parts, settings, folder, checkpoint, on_step)
     _finish(folder, parts, preset)
 
 
