@@ -30,6 +30,7 @@ ALIKE = {
     "mask_truncated_completions": False,
     "top_p": 1.0,
     "top_k": 0,
+    "ddp_find_unused_parameters": False,
     "disable_tqdm": True,
     "logging_nan_inf_filter": False,
 }

@@ -35,6 +35,10 @@ class _Outcome(NamedTuple):
     figures: dict[str, float]
 
 
+def _nothing(scored: Scored) -> dict[str, float]:
+    return {}
+
+
 @dataclass(frozen=True)
 class RewardFunction:
     """What `GRPOTrainer(reward_funcs=...)` takes: rewards in units of their standard deviation over the batch.
@@ -62,7 +66,7 @@ class RewardFunction:
     reward: Reward
     num_generations: int | None = None
     num_generations_eval: int | None = None
-    observe: Callable[[Scored], Mapping[str, float]] = lambda scored: {}
+    observe: Callable[[Scored], Mapping[str, float]] = _nothing
 
     def __post_init__(self) -> None:
         for name in ("num_generations", "num_generations_eval"):
