@@ -175,7 +175,8 @@ class Generator:
             return prompt
         for length in range(self.max_prompt_tokens, 0, -1):
             text = self.tokenizer.decode(ids[:length], skip_special_tokens=True)
-            if len(self.tokenizer(text, verbose=False)["input_ids"]) <= self.max_prompt_tokens:
+            whole = not text.endswith("\N{REPLACEMENT CHARACTER}")  # No character is cut.
+            if text and whole and len(self.tokenizer(text, verbose=False)["input_ids"]) <= self.max_prompt_tokens:
                 return text
         raise ValueError(f"`max_prompt_tokens` {self.max_prompt_tokens} leaves nothing of the prompt {prompt!r}.")
 

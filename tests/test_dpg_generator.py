@@ -51,6 +51,23 @@ def test_what_is_sampled_has_the_log_probs_that_it_was_drawn_with(family, temper
         torch.testing.assert_close(rollouts.log_probs[row][rollouts.token_mask[row]], alone, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("length", [2, 3, 5, 8])
+def test_a_cut_prompt_is_read_whole(length):
+    chosen = Generator(*load_model(str(PUBLISHED / "generator")), max_prompt_tokens=length, max_new_tokens=8)
+    for prompt in ["The file", "Internationalization of the configuration's parsers, as of version 3.11", "é—ü and ∞"]:
+        text = chosen.cut(prompt)
+        (ids,) = chosen.encode([text])
+        assert ids == chosen.tokenizer(text)["input_ids"]  # Nothing is left to cut,
+        assert prompt.startswith(text)  # and no character is cut.
+    assert chosen.cut("a") == "a"
+
+
+def test_a_prompt_of_which_nothing_is_left():
+    chosen = Generator(*load_model(str(PUBLISHED / "generator")), max_prompt_tokens=1, max_new_tokens=8)
+    with pytest.raises(ValueError, match="`max_prompt_tokens` 1 leaves nothing of the prompt '∞'"):
+        chosen.cut("∞")  # A character of three tokens.
+
+
 def test_in_float32_too():
     chosen = Generator(*load_model(str(PUBLISHED / "generator")), max_new_tokens=20)
     rollouts = sampled(chosen, prompts=["The file", "An object is", "If"], group_size=8)

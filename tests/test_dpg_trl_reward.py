@@ -18,6 +18,14 @@ from dpg.reward import Reward, Scores
 from dpg.trl import PresetReward, RewardFunction, preset_reward
 from dpg.trl.reward import group_size, text_of
 
+ROOT = Path(__file__).parent.parent
+
+
+def test_trl_is_imported_when_it_is_used():
+    code = "import sys, dpg.cli, dpg.run, dpg.trl.preset; print('trl' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.strip() == "False"
+
 
 class Given(Reward):
     """Rewards that are known."""
@@ -134,11 +142,10 @@ def test_other_completions_are_refused(completion):
 def processes(tmp_path_factory):
     """What each of two processes got, by case."""
     folder = tmp_path_factory.mktemp("processes")
-    tests = Path(__file__).parent
-    path = os.pathsep.join([str(tests), str(tests.parent)])
+    path = os.pathsep.join([str(ROOT / "tests"), str(ROOT)])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run(
-        [*launch, str(tests / "trl_processes.py"), str(folder)],
+        [*launch, str(ROOT / "tests" / "trl_processes.py"), str(folder)],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=120,

@@ -11,17 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from dpg_problems import TINY_RUN, parameters, prompt_file, same_bits, tiny_preset
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, get_scheduler
 from trl import GRPOTrainer
 
+from dpg.build import MODELS, build
 from dpg.cli import main
 from dpg.engine import BuiltinEngine, Interrupted, engine
 from dpg.folder import RunFolder, RunFolderError
-from dpg.records import Record
 from dpg.run import run
 from dpg.settings import Settings
+from dpg.target import load_model
 from dpg.trl import TrlEngine
 from dpg.trl.config import grpo_config
+from dpg.trl.engine import prompt_rows
 from dpg.trl.steps import Steps
 from dpg.verify import verify
 
@@ -127,7 +130,43 @@ def test_the_naive_reward_has_no_groups(folder):
     assert [record["step"] for record in records(path)] == [0, 1]
 
 
-def test_chats_entropy_and_micro_batches(folder):
+def test_a_chat_is_continued(folder):
+    model, tokenizer = load_model(str(MODELS / "generator"))
+    tokenizer.chat_template = "{% for m in messages %}say {{ m['content'] }}\n{% endfor %}"
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "chatty")
+    chat = {"generator": str(folder / "chatty"), "chat": True, "max_prompt_tokens": 6, "num_steps": 1}
+    parts = build(tiny_preset(folder, **chat))
+    rows = prompt_rows(parts, tiny_preset(folder, **chat).settings)
+    assert len(rows) == 4  # As many as one step draws.
+    for row in rows:
+        ((role, said),) = [(message["role"], message["content"]) for message in row["prompt"]]
+        assert role == "user" and any(prompt.startswith(said) for prompt in parts.prompts)
+    path = tiny(folder, "chat", **chat)
+    assert records(path)[1]["num_tokens"] > 8
+
+
+def test_each_step_draws_prompts_of_its_own(folder):
+    preset = tiny_preset(folder, num_steps=5)
+    parts = build(preset)
+    drawn = [row["prompt"] for row in prompt_rows(parts, preset.settings)]
+    whole = [parts.generator.cut(prompt) for prompt in parts.prompts]
+    steps = [drawn[i : i + 4] for i in range(0, 20, 4)]
+    assert all(whole.count(text) >= step.count(text) for step in steps for text in step)
+    assert len({tuple(step) for step in steps}) == 5
+
+
+def test_a_tokenizer_that_ends_prompts_is_refused(folder):
+    preset = tiny_preset(folder)
+    parts = build(preset)
+    tokenizer = parts.generator.tokenizer
+    ending = TemplateProcessing(single="$A end", special_tokens=[("end", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    with pytest.raises(ValueError, match="puts its end token behind every text"):
+        prompt_rows(parts, preset.settings)
+
+
+def test_entropy_bonus_micro_batches_and_options(folder):
     options = {"loss_type": "dr_grpo", "activation_checkpointing": True}
     path = tiny(folder, "other", num_steps=1, policy_microbatch_size=1, entropy_coefficient=0.01, options=options)
     assert json.loads((path / "config.json").read_text())["trl_config"] == options
@@ -173,15 +212,12 @@ def test_a_damaged_folder_is_refused(folder, damage):
 def test_learning_rates_fall_as_in_the_built_in_loop():
     config = grpo_config(Settings(), Path("run/trl"), 1, {})
     assert config.max_steps == 280 and config.lr_scheduler_type == "polynomial"
-    parameter = torch.nn.Parameter(torch.zeros(()))
-    trainer_class = torch.optim.AdamW([parameter], lr=config.learning_rate)
-    from transformers import get_scheduler
-
-    schedule = get_scheduler("polynomial", trainer_class, 0, 280, config.lr_scheduler_kwargs)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(()))], lr=config.learning_rate)
+    schedule = get_scheduler("polynomial", optimizer, 0, 280, config.lr_scheduler_kwargs)
     rates = []
     for _ in range(280):
         rates.append(schedule.get_last_lr()[0])
-        trainer_class.step()
+        optimizer.step()
         schedule.step()
     assert rates == pytest.approx([1e-3 + (1e-4 - 1e-3) * update / 280 for update in range(280)])
 
@@ -232,12 +268,6 @@ def test_an_error_message_is_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert capsys.readouterr().err.startswith("dpg: --trl-config none.yaml is no YAML file")
-
-
-def test_a_record_has_no_field_of_its_own(finished):
-    assert {"step", "phi", "reward_std", "seconds", "num_tokens", "kl"} <= set(Record._fields) & set(
-        records(finished)[1]
-    )
 
 
 def launched(folder, name, *arguments):

@@ -93,7 +93,7 @@ class TrlEngine(Engine):
             parts.generator.model,
             reward,
             self._config(settings, folder.path),
-            Dataset.from_list(_prompts(parts, settings)),
+            Dataset.from_list(prompt_rows(parts, settings)),
             processing_class=parts.generator.tokenizer,
             callbacks=[steps],
         )
@@ -151,7 +151,7 @@ def _reopen(folder: RunFolder, config: dict[str, Any]) -> int:
     return update
 
 
-def _prompts(parts: Parts, settings: Settings) -> list[dict[str, Any]]:
+def prompt_rows(parts: Parts, settings: Settings) -> list[dict[str, Any]]:
     """The prompts of all steps in order, drawn for each step anew, as the built-in loop draws them.
 
     Raises:
