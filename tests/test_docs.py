@@ -47,6 +47,7 @@ def as_for_a_reader() -> Iterator[None]:
 
 # Torch's own, at the first use of forward mode in a process.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of forward mode, and of compilers
+@pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing:FutureWarning")  # of TRL's to transformers
 @pytest.mark.parametrize("page", [page for page in PAGES if any(programs(page))], ids=name_of)
 def test_programs_of_a_page_print_what_it_says(
     page: Path, as_for_a_reader: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
