@@ -116,6 +116,12 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(finished
     assert_same_run(tiny(folder, "killed", resume=True), finished)
 
 
+def test_a_finished_run_can_be_resumed_in_vain(finished, folder):
+    before = (finished / "dataset.jsonl").read_bytes(), records(finished)
+    tiny(folder, resume=True)
+    assert before == ((finished / "dataset.jsonl").read_bytes(), records(finished))
+
+
 def test_adapters_are_trained_and_resumed(folder, monkeypatch):
     whole = tiny(folder, "adapters", lora_rank=2)
     with monkeypatch.context() as patch:
