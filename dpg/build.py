@@ -56,13 +56,13 @@ def build(preset: Preset) -> Parts:
     config.check(shuffled[num_validation:])
     generator = _generator(settings)
     generator.encode(shuffled)
-    judge = Judge(load_target(settings), experiment.metric(), experiment.measure_texts)
+    judge, reward = build_reward(preset)
     for text in experiment.whole_texts():
         _refuse_too_long(text, generator, judge.target)
     return Parts(
         generator,
         judge,
-        _reward(settings, experiment, judge),
+        reward,
         shuffled[num_validation:],
         prose,
         Validation(shuffled[:num_validation], settings.validation_texts, settings.validate_every),
@@ -70,8 +70,8 @@ def build(preset: Preset) -> Parts:
     )
 
 
-def build_reward(preset: Preset) -> Reward:
-    """The reward of a preset alone, with the models that it needs.
+def build_reward(preset: Preset) -> tuple[Judge, Reward]:
+    """Load the target and what scores texts by it, without a generator.
 
     Raises:
         ValueError: if something is not there, or does not fit.
@@ -79,7 +79,7 @@ def build_reward(preset: Preset) -> Reward:
     experiment, settings = preset.experiment, preset.settings
     _refuse_missing_device(settings.device)
     judge = Judge(load_target(settings), experiment.metric(), experiment.measure_texts)
-    return _reward(settings, experiment, judge)
+    return judge, _reward(settings, experiment, judge)
 
 
 def _refuse_missing_device(name: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `dpg run`, `verify`, `compare`, `transfer`, `fidelity`, `enumerate` and `list`."""
+"""The command line: `dpg run`, `verify`, `compare`, `transfer`, `fidelity`, `enumerate`, `serve` and `list`."""
 
 import errno
 import os
@@ -152,6 +152,33 @@ def enumerate_gradients(
 
     print(summary(enumeration(out, seed=seed)))
     print(f"see {out / 'enumeration.md'}")
+
+
+@app.command()
+def serve(
+    experiment: Annotated[str, typer.Argument(help="Its name; `dpg list` shows them.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; others than loopback want a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 for any free one.")] = 8067,
+    token_file: Annotated[Path | None, typer.Option(help="Holds the token. (default: DPG_REWARD_TOKEN)")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for metrics.jsonl. (default: none)")] = None,
+    preset: Annotated[str, typer.Option(help="laptop, paper, or a YAML file.")] = "laptop",
+    target: Annotated[str | None, typer.Option(help="Folder or hub name of a causal language model.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Of `custom`: module:name or file.py:name.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")] = None,
+    limit: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Change a limit: docs/serve.md.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Serve an experiment's rewards to a trainer that asks for one sample at a time: verl, OpenRLHF, prime-rl."""
+    keep_freed_memory()
+    with collector_paused():
+        from dpg.preset import load, parse
+        from dpg.serve.command import serve as serve_rewards
+    forget_what_stays()
+
+    options = {"target": target, "function": metric}
+    given = {key: value for key, value in options.items() if value is not None}
+    chosen = load(experiment, preset).changed({**given, **parse(set_ or [])})
+    serve_rewards(chosen, host, port, token_file, out, limit or [])
 
 
 @app.command("list")

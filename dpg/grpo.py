@@ -82,9 +82,9 @@ def group_advantages(rewards: Float[Tensor, "prompts group"], *, normalize: bool
         normalize: also divide each group by its own standard deviation.
 
     Raises:
-        ValueError: as `spread_of`.
+        ValueError: as `reward_spread`.
     """
-    spread = spread_of(rewards)
+    spread = reward_spread(rewards)
     if spread == 0:  # All texts are worth the same, as those of a generator that has learned one.
         return torch.zeros_like(rewards)
     centred = (rewards - reduce(rewards, "prompts group -> prompts 1", "mean")) / spread.to(rewards.dtype)
@@ -94,12 +94,12 @@ def group_advantages(rewards: Float[Tensor, "prompts group"], *, normalize: bool
     return centred / (centred.std(dim=1, keepdim=True) + 1e-6)
 
 
-def spread_of(rewards: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:
-    """The standard deviation of a batch's rewards in float64; 0 if all are equal.
+def reward_spread(rewards: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """The standard deviation of a batch's rewards in float64; 0 where all texts are worth the same.
 
     Raises:
-        ValueError: if a reward is NaN or infinite, or all are 0: then nothing that was written has anything to do with
-            the metric.
+        ValueError: if a reward, or the deviation, is NaN or infinite, or all rewards are 0: then nothing that was
+            written has anything to do with the metric.
     """
     if not bool(torch.isfinite(rewards).all()):
         raise ValueError(f"a reward is not finite: {rewards.flatten().tolist()[:10]}.")
@@ -108,7 +108,10 @@ def spread_of(rewards: Float[Tensor, "*batch"]) -> Float[Tensor, ""]:
             f"all {rewards.numel()} rewards are 0: what was written has nothing to do with the metric. Is it about "
             "weights that these texts can move?"
         )
-    return rewards.double().std()  # The square of a reward of 1e-20 is no float32.
+    spread = rewards.double().std()  # The square of a reward of 1e-20 is no float32.
+    if not bool(torch.isfinite(spread)):
+        raise ValueError(f"the rewards are too large for a standard deviation: {rewards.flatten().tolist()[:10]}.")
+    return spread
 
 
 def policy_loss(

@@ -180,7 +180,7 @@ def preset_file(folder):
 def test_a_preset_is_a_reward_without_arguments(tmp_path, monkeypatch):
     path = preset_file(tmp_path)
     texts = ["the file is", "an object", "a string may", "the value of the"]
-    wanted = called(RewardFunction(build_reward(load("sixseven", path))), texts, 0)
+    wanted = called(RewardFunction(build_reward(load("sixseven", path))[1]), texts, 0)
     monkeypatch.setenv("DPG_PRESET", path)
     assert called(pickle.loads(pickle.dumps(preset_reward)), texts, 0)["rewards"] == wanted["rewards"]
     assert called(RewardFunction(PresetReward(path)), texts, 0)["rewards"] == wanted["rewards"]

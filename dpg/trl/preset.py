@@ -41,7 +41,7 @@ preset_reward = RewardFunction(PresetReward())
 
 @cache
 def _reward(name: str) -> Reward:
-    reward = build_reward(_preset(name))
+    _, reward = build_reward(_preset(name))
     if reward.groupless:
         raise ValueError(
             f"the reward of {name} compares a text with the whole batch, and TRL's command line with those of its "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from dpg.grpo import spread_of
+from dpg.grpo import reward_spread
 from dpg.reward import Reward, Scores
 from dpg.trl.processes import from_first, gathered, rank
 
@@ -109,7 +109,7 @@ class RewardFunction:
         sizes = [size for size in (self.num_generations, self.num_generations_eval) if size is not None]
         scores = self.reward.score(texts, group_size([prompt for part in parts for prompt in part.prompts], sizes))
         rewards = scores.rewards.double()
-        spread = spread_of(rewards)
+        spread = reward_spread(rewards)
         # Where all are equal, whatever they are divided by, each text's advantage is 0.
         in_units = rewards / (spread if spread > 0 else rewards.abs())
         figures = {"raw_reward_std": float(spread)} | ({} if scores.phi is None else {"phi": scores.phi})
