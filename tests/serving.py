@@ -88,12 +88,12 @@ class Served:
 
 @contextmanager
 def served(
-    reward: MetagradReward | Callable[[Batch], Rewards], token: str | None = None, **limits: float
+    reward: MetagradReward | Callable[[Batch], Rewards], token: str | None = None, port: int = 0, **limits: float
 ) -> Iterator[Served]:
     """A service of a reward, or of a function of a whole batch, until the block ends."""
     score = scorer(reward) if isinstance(reward, MetagradReward) else reward
     done: list[Done] = []
-    service, listening, servers = Service(score, Limits(**limits), done.append), listen("127.0.0.1", 0), []
+    service, listening, servers = Service(score, Limits(**limits), done.append), listen("127.0.0.1", port), []
     thread = threading.Thread(target=lambda: asyncio.run(serve(service, listening, token, servers.append)))
     thread.start()
 
