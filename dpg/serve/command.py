@@ -35,30 +35,38 @@ def serve(preset: Preset, host: str, port: int, token_file: Path | None, out: Pa
     limits, token = Limits().changed(changes), read_token(token_file)
     refuse_strangers(host, token)
     make_room(limits.connections)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "preset.yaml").write_text(preset.text(), encoding="utf-8")
-    listening = listen(host, port)
-    judge, reward = build_reward(preset)
-    if reward.groupless:
-        raise ValueError(
-            f"reward={preset.settings.reward} compares a text with the whole batch, and trainers compare it with those "
-            "of its prompt. Serve another reward."
-        )
-    torch.manual_seed(preset.settings.seed)  # Of rewards that are controls, and random.
-    print(f"{preset.experiment.name}: {preset.experiment.goal}")
-    print(f"settings: {_line(_deciding(preset.as_dict()))}")
-    print(f"limits: {_line(asdict(limits))}")
-    print(f"serving {url_of(listening)}, {'with' if token else 'without'} a token; Ctrl-C stops", flush=True)
-    service = Service(scorer(reward, judge), limits, _reporter(out))
-    try:
-        asyncio.run(serve_until_stopped(service, listening, token))
-    except KeyboardInterrupt:
-        pass
+    with listen(host, port) as listening:
+        judge, reward = build_reward(preset)
+        if reward.groupless:
+            raise ValueError(
+                f"reward={preset.settings.reward} compares a text with the whole batch, and trainers compare it with "
+                "those of its prompt. Serve another reward."
+            )
+        if out is not None:
+            _prepare(out, preset)
+        torch.manual_seed(preset.settings.seed)  # Of rewards that are controls, and random.
+        print(f"{preset.experiment.name}: {preset.experiment.goal}")
+        print(f"settings: {_line(_deciding(preset.as_dict()))}")
+        print(f"limits: {_line(asdict(limits))}")
+        print(f"serving {url_of(listening)}, {'with' if token else 'without'} a token; Ctrl-C stops", flush=True)
+        service = Service(scorer(reward, judge), limits, _reporter(out))
+        try:
+            asyncio.run(serve_until_stopped(service, listening, token))
+        except KeyboardInterrupt:
+            pass
     print("stopped; whoever waited was told", flush=True)
     if service.computing:
         # Its thread cannot be stopped, nobody hears what it finds, and Python would wait for it.
         os._exit(0)
+
+
+def _prepare(out: Path, preset: Preset) -> None:
+    """Make the folder, or go on in one of the same preset."""
+    saved = out / "preset.yaml"
+    if (out / "config.json").exists() or (saved.exists() and saved.read_text(encoding="utf-8") != preset.text()):
+        raise ValueError(f"{out} holds a run, or what was served by another preset. Choose another --out.")
+    out.mkdir(parents=True, exist_ok=True)
+    saved.write_text(preset.text(), encoding="utf-8")
 
 
 def _deciding(settings: dict[str, Any]) -> dict[str, Any]:
