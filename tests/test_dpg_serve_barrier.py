@@ -59,7 +59,7 @@ def test_a_stream_is_cut_into_whole_batches_and_no_sample_is_in_two(arrivals, ag
 def test_a_stream_remembers_samples_of_finished_batches():
     barrier = Barrier(Limits())
     (first, *_) = sent(barrier, "s", *IDS, stream=True)
-    barrier.finish(barrier.next_whole().key, RICH, 1.0)
+    barrier.finish(barrier.next_whole(), RICH, 1.0)
     assert sent(barrier, "s", "a1", stream=True) == [first] == [Key("s", 0)]
     assert sent(barrier, "s", "a9", stream=True) == [Key("s", 1)]
     with pytest.raises(Refused, match="a sample 'a1' already, with another text or group") as refused:
@@ -116,11 +116,11 @@ def test_a_batch_that_waits_or_computes_too_long_is_given_up():
     barrier = Barrier(Limits(fill_seconds=5, compute_seconds=100))
     sent(barrier, "x", *IDS, now=0.0)
     sent(barrier, "y", *IDS, now=50.0)
-    assert barrier.next_whole().key == Key("x")
-    assert barrier.expire(100.0) == []
+    computing = barrier.next_whole()
+    assert computing.key == Key("x") and barrier.expire(100.0) == []
     (late,) = barrier.expire(101.0)
     assert (late.key, late.outcome.kind) == (Key("x"), "overdue") and "in line" not in late.outcome.message
-    assert barrier.finish(Key("x"), RICH, 102.0) is None and barrier.outcome(Key("x")) == late  # It was told already.
+    assert barrier.finish(computing, RICH, 102.0) is None and barrier.outcome(Key("x")) == late  # It was told already.
     (late,) = barrier.expire(151.0)
     assert late.key == Key("y") and "for 100 s in line behind others without rewards" in late.outcome.message
     assert barrier.line == [] and barrier.next_whole() is None
@@ -130,7 +130,7 @@ def test_results_are_kept_for_a_time_and_a_number():
     barrier = Barrier(Limits(kept_batches=2, kept_seconds=60))
     for place, name in enumerate("xyz"):
         sent(barrier, name, *IDS)
-        barrier.finish(barrier.next_whole().key, RICH, 10.0 * place)
+        barrier.finish(barrier.next_whole(), RICH, 10.0 * place)
     barrier.expire(30.0)
     assert [barrier.outcome(Key(name)) is None for name in "xyz"] == [True, False, False]
     barrier.expire(75.0)
@@ -143,12 +143,23 @@ def test_batches_may_not_be_too_many():
     barrier = Barrier(Limits(open_batches=2))
     sent(barrier, "x", "a1")
     sent(barrier, "y", *IDS)
-    barrier.next_whole()
+    batch = barrier.next_whole()
     with pytest.raises(Refused, match="2 batches are open") as refused:
         sent(barrier, "z", "a1")
     assert refused.value.kind == "busy"
-    barrier.finish(Key("y"), Failure("failed", "it did"), 1.0)
+    barrier.finish(batch, Failure("failed", "it did"), 1.0)
     sent(barrier, "z", "a1")
+
+
+def test_rewards_that_come_too_late_go_to_no_other_batch_of_the_name():
+    barrier = Barrier(Limits(compute_seconds=1, kept_seconds=1))
+    sent(barrier, "x", *IDS)
+    old = barrier.next_whole()
+    barrier.expire(2.0)
+    barrier.expire(4.0)  # Given up, and forgotten.
+    sent(barrier, "x", *IDS, now=4.0, text="!")
+    assert barrier.finish(old, RICH, 4.5) is None and barrier.outcome(Key("x")) is None
+    assert barrier.finish(barrier.next_whole(), RICH, 4.6).outcome == RICH
 
 
 def test_closing_gives_up_every_open_batch():

@@ -125,12 +125,16 @@ def test_without_its_packages(refused, monkeypatch):
 
 
 def post(url: str, name: str, texts: list[str], token: str = SECRET) -> tuple[int, dict]:
-    host, port = re.match(r"http://(.*):(\d+)", url).groups()
-    connection = HTTPConnection(host, int(port), timeout=60)
     samples = [{"id": str(i), "group": str(i // 2), "text": text} for i, text in enumerate(texts)]
     body = json.dumps({"batch": name, "size": 4, "group_size": 2, "samples": samples})
+    return ask_for(url, "POST", "/v1/rewards", body, token)
+
+
+def ask_for(url: str, method: str, path: str, body: str = "", token: str = SECRET) -> tuple[int, dict]:
+    host, port = re.match(r"http://(.*):(\d+)", url).groups()
+    connection = HTTPConnection(host, int(port), timeout=60)
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
-    connection.request("POST", "/v1/rewards", body, headers)
+    connection.request(method, path, body, headers)
     answer = connection.getresponse()
     content = json.loads(answer.read())
     connection.close()
@@ -163,8 +167,9 @@ def test_a_service_from_start_to_end(tmp_path):
         flag.touch()
         with ThreadPoolExecutor(2) as threads:
             waiting = [threads.submit(post, url, "computing", texts), threads.submit(post, url, "filling", texts[:2])]
-            time.sleep(1)  # Both have arrived, and one is being computed: it would take for ever.
-            assert not any(job.done() for job in waiting)
+            while len((status := ask_for(url, "GET", "/v1/status")[1])["open"]) < 2 or not status["computing"]:
+                assert time.monotonic() < deadline, status
+            assert not any(job.done() for job in waiting)  # The computation would take for ever.
             process.send_signal(signal.SIGINT)
             for job in waiting:
                 assert job.result() == (503, {"error": "stopping", "message": "the reward service is stopping."})

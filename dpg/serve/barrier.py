@@ -85,11 +85,12 @@ class Barrier:
         """The batch that was whole first, out of the line, or None."""
         return self._open[self._line.pop(0)] if self._line else None
 
-    def finish(self, key: Key, outcome: Rewards | Failure, now: float) -> Done | None:
+    def finish(self, batch: Batch, outcome: Rewards | Failure, now: float) -> Done | None:
         """Note what a batch came to; None if it had an outcome already, which stays."""
-        batch = self._open.pop(key, None)
-        if batch is None:
+        key = batch.key
+        if self._open.get(key) is not batch:  # Given up; what is open under its name by now is another.
             return None
+        del self._open[key]
         if key in self._line:
             self._line.remove(key)
         waited = (now if batch.whole_at is None else batch.whole_at) - batch.opened
@@ -99,7 +100,7 @@ class Barrier:
 
     def expire(self, now: float) -> list[Done]:
         """Give up batches that are late, and forget finished ones that were kept long enough; those given up."""
-        late = [self.finish(batch.key, failure, now) for batch, failure in self._late(now)]
+        late = [self.finish(batch, failure, now) for batch, failure in self._late(now)]
         kept = [key for key, done in self._done.items() if now - done.at <= self._limits.kept_seconds]
         kept = kept[-self._limits.kept_batches :]
         self._done = {key: self._done[key] for key in kept}
@@ -109,7 +110,7 @@ class Barrier:
 
     def close(self, failure: Failure, now: float) -> list[Done]:
         """Give up every open batch."""
-        return [self.finish(key, failure, now) for key in list(self._open)]
+        return [self.finish(batch, failure, now) for batch in self.open]
 
     def outcome(self, key: Key) -> Done | None:
         """What a batch came to, or None if it is open."""

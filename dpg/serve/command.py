@@ -83,13 +83,13 @@ def _reporter(out: Path | None) -> Callable[[Done], None]:
     """Prints a line for each batch, and keeps it in `metrics.jsonl`."""
 
     def report(done: Done) -> None:
-        print(line_of(done), flush=True)
-        if out is not None:
-            try:
+        try:
+            print(line_of(done), flush=True)
+            if out is not None:
                 with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record(done)) + "\n")
-            except OSError as error:  # A full disk must not cost a trainer its rewards.
-                print(f"dpg serve: metrics.jsonl lacks batch {done.key}: {error}", file=sys.stderr, flush=True)
+        except OSError as error:  # A full disk, or a closed terminal, must not cost a trainer its rewards.
+            print(f"dpg serve: batch {done.key} could not be reported: {error}", file=sys.stderr, flush=True)
 
     return report
 

@@ -116,7 +116,7 @@ class Service:
             outcome = Failure("failed", f"batch {batch.key} has no rewards: {type(error).__name__}: {error}")
         self._computing = None
         self._changed.set()
-        if (done := self._barrier.finish(batch.key, outcome, self._clock())) is not None:
+        if (done := self._barrier.finish(batch, outcome, self._clock())) is not None:
             self._tell(done)
 
     def _tell(self, done: Done) -> None:
