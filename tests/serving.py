@@ -17,8 +17,8 @@ from dpg_problems import ADAMW, LETTERS, target
 import metagrad as mg
 from dpg.metrics import WeightPattern
 from dpg.reward import MetagradReward
-from dpg.serve.ask import Config
 from dpg.serve.batch import Batch, Done, Rewards
+from dpg.serve.config import Config
 from dpg.serve.limits import Limits
 from dpg.serve.scoring import scorer
 from dpg.serve.server import listen, serve, url_of

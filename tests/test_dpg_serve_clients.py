@@ -21,7 +21,8 @@ from dpg_problems import END, ids_of, letters
 from serving import letters_of, served, small_reward
 
 from dpg.serve import ask, clients
-from dpg.serve.ask import Config, RewardError, Rollout, reward_of
+from dpg.serve.ask import RewardError, Rollout, reward_of
+from dpg.serve.config import Config, _batches
 
 ROOT = Path(ask.__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -208,7 +209,7 @@ def test_verifiers_one_rollout_at_a_time(running, environment):
 
 def test_the_clients_need_the_standard_library_alone(tmp_path, running):
     (tmp_path / "dpg" / "serve").mkdir(parents=True)
-    for name in ("ask", "clients"):
+    for name in ("ask", "clients", "config"):
         shutil.copy(ROOT / "dpg" / "serve" / f"{name}.py", tmp_path / "dpg" / "serve")
     program = "print(clients.compute_scores('dddd', list('abcd'), 'gggg', INFOS)[0]['score'])"
     program = f"import sys; sys.path.append('.'); INFOS = {infos()}; from dpg.serve import clients; {program}"
@@ -224,7 +225,7 @@ def test_the_clients_need_the_standard_library_alone(tmp_path, running):
     assert float(finished.stdout) == running.done[-1].outcome.rescaled["000000"]
 
 
-@pytest.mark.parametrize("name", ["ask", "clients"])
+@pytest.mark.parametrize("name", ["ask", "clients", "config"])
 def test_the_clients_load_by_path_as_trainers_load_them(name):
     spec = importlib.util.spec_from_file_location("reward_func", ROOT / "dpg" / "serve" / f"{name}.py")
     spec.loader.exec_module(importlib.util.module_from_spec(spec))  # Into no `sys.modules`.
@@ -318,6 +319,10 @@ def test_waiting_has_an_end(running):
         ("BATCH", "64", "Give prompts x texts of each"),
         ("BATCH", "train=0x4", "Give prompts x texts of each"),
         ("SCALE", "rescale", "Choose rescaled or raw"),
+        ("ATTEMPTS", "0", "DPG_REWARD_ATTEMPTS=0 must be above 0"),
+        ("ATTEMPTS", "2.5", "DPG_REWARD_ATTEMPTS is no number"),
+        ("SECONDS", "nan", "DPG_REWARD_SECONDS=nan and"),
+        ("SECONDS", "soon", "DPG_REWARD_SECONDS is no number"),
     ],
 )
 def test_an_environment_that_says_too_little(environment, name, value, message):
@@ -387,7 +392,7 @@ def test_the_example_of_verl_uses_options_that_there_are():
     assert set(options(content)) == set(known)
     assert content["reward"]["custom_reward_function"] == {"path": "pkg://dpg.serve.clients", "name": "compute_score"}
     script = (EXAMPLES / "verl" / "run.sh").read_text(encoding="utf-8")
-    sizes = ask._batches(re.search(r"DPG_REWARD_BATCH=(\S+)", script)[1])
+    sizes = _batches(re.search(r"DPG_REWARD_BATCH=(\S+)", script)[1])
     rollout = content["actor_rollout_ref"]["rollout"]
     assert sizes["train"] == (content["data"]["train_batch_size"], rollout["n"])
     assert sizes["test"][1] == rollout["val_kwargs"]["n"]
@@ -399,7 +404,7 @@ def test_the_example_of_openrlhf_uses_options_that_there_are():
     assert set(used) <= trainers.OPENRLHF_OPTIONS
     if (path := trainers.source("openrlhf", "cli/train_ppo_ray.py")) is not None:
         assert trainers.OPENRLHF_OPTIONS <= trainers.options_of(path)
-    prompts, texts = ask._batches(re.search(r"DPG_REWARD_BATCH=(\S+)", script)[1])["train"]
+    prompts, texts = _batches(re.search(r"DPG_REWARD_BATCH=(\S+)", script)[1])["train"]
     assert (used["rollout.batch_size"], used["rollout.n_samples_per_prompt"]) == (str(prompts), str(texts))
     assert (EXAMPLES / "openrlhf" / "agent.py").exists() and "$PWD/agent.py" in script
 

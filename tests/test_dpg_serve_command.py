@@ -21,7 +21,7 @@ from transformers.utils import logging
 from dpg import cli
 from dpg.build import build_reward
 from dpg.preset import load
-from dpg.serve import ask
+from dpg.serve import config
 from dpg.serve.app import STATUS
 from dpg.serve.limits import Limits
 from dpg.serve.server import listen, read_token, refuse_strangers, url_of
@@ -199,5 +199,5 @@ def test_the_page_lists_every_outcome_limit_and_variable():
     assert {kind: int(status) for status, kind in outcomes} == STATUS
     limits = re.findall(r"^\| `(\w+)` \| (\d+) \|", page, re.MULTILINE)
     assert {name: int(value) for name, value in limits} == asdict(Limits())
-    variables = set(re.findall(r"^    (DPG_REWARD_\w+):", ask.__doc__, re.MULTILINE))
+    variables = set(re.findall(r"^    (DPG_REWARD_\w+):", config.__doc__, re.MULTILINE))
     assert variables == set(re.findall(r"^\| `(DPG_REWARD_\w+)` \|", page, re.MULTILINE))

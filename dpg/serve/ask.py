@@ -1,31 +1,19 @@
-"""Asking the reward service for rewards, with the standard library alone.
-
-Environment:
-    DPG_REWARD_URL: the service, as http://127.0.0.1:8067.
-    DPG_REWARD_TOKEN: its token, where it wants one.
-    DPG_REWARD_RUN: any name that no other run has had, not even this one before it was started again.
-    DPG_REWARD_BATCH: prompts x texts of each in one batch: 64x4, or by split, train=64x4,test=100x1.
-    DPG_REWARD_SCALE: rescaled (the default; divided by the batch's standard deviation) or raw.
-    DPG_REWARD_STOP: strings, with commas, of which `reward_func` takes one off the end of a text.
-    DPG_REWARD_SECONDS: how long to wait for a reward at most (3600).
-    DPG_REWARD_ATTEMPTS: how often to ask when the service cannot be reached (8; waits 1, 2, 4, ... 30 s in between).
-"""
+"""Asking the reward service for rewards, with the standard library alone."""
 
 import asyncio
 import hashlib
 import json
-import os
 import ssl
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from dpg.serve.config import Config
+
 LONGEST_PAUSE = 30.0
-REQUEST_BYTES = 500_000
-"""Of texts in one request; the service's own limit is higher."""
+REQUEST_BYTES = 500_000  # Of texts in one request; the service's own limit is higher.
 
 
 class RewardError(Exception):
@@ -46,8 +34,8 @@ class Answer(NamedTuple):
             return self.raw
         if self.rescaled is None:
             raise RewardError(
-                f"all rewards of the batch are {self.raw:g}, so there is no spread to divide them by: the texts are "
-                "worth the same. DPG_REWARD_SCALE=raw goes on; nothing is learned from such a batch."
+                f"all rewards of the batch are {self.raw:g}, so there is no spread to divide them by. "
+                "DPG_REWARD_SCALE=raw goes on; nothing is learned from such a batch."
             )
         return self.rescaled
 
@@ -59,48 +47,6 @@ class Answer(NamedTuple):
     def named(self, scale: str) -> dict[str, float]:
         """What verl wants of a function: the score, and figures to log."""
         return {"score": self.score(scale), **self.figures()}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Where the service is and what a batch is. `from_environment` reads the variables above."""
-
-    url: str
-    run: str
-    batches: dict[str, tuple[int, int]]
-    token: str | None = field(default=None, repr=False)
-    scale: str = "rescaled"
-    stop: tuple[str, ...] = ()
-    seconds: float = 3600.0
-    attempts: int = 8
-    pause: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.scale not in ("rescaled", "raw"):
-            raise ValueError(f"DPG_REWARD_SCALE is {self.scale!r}. Choose rescaled or raw.")
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
-            raise ValueError(f"DPG_REWARD_URL is {self.url!r}. Give it as http://127.0.0.1:8067.")
-
-    @classmethod
-    def from_environment(cls) -> "Config":
-        """The configuration that the environment holds.
-
-        Raises:
-            ValueError: for a variable that is missing or means nothing.
-        """
-        for name in ("DPG_REWARD_URL", "DPG_REWARD_RUN", "DPG_REWARD_BATCH"):
-            if not os.environ.get(name):
-                raise ValueError(f"{name} is not set, and the reward service needs it: see docs/serve.md.")
-        return cls(
-            os.environ["DPG_REWARD_URL"],
-            os.environ["DPG_REWARD_RUN"],
-            _batches(os.environ["DPG_REWARD_BATCH"]),
-            os.environ.get("DPG_REWARD_TOKEN"),
-            os.environ.get("DPG_REWARD_SCALE", "rescaled"),
-            tuple(filter(None, os.environ.get("DPG_REWARD_STOP", "").split(","))),
-            float(os.environ.get("DPG_REWARD_SECONDS", "3600")),
-            int(os.environ.get("DPG_REWARD_ATTEMPTS", "8")),
-        )
 
 
 class Rollout(NamedTuple):
@@ -167,17 +113,6 @@ def _checksum(text: str) -> str:
 def _short(group: str) -> str:
     """A name of a group, which may be a whole prompt."""
     return group if len(group) <= 100 else f"{group[:80]}... {_checksum(group)}"
-
-
-def _batches(text: str) -> dict[str, tuple[int, int]]:
-    batches = {}
-    for part in text.split(","):
-        split, equals, size = part.rpartition("=")
-        prompts, cross, texts = size.partition("x")
-        if not (prompts.isdecimal() and cross and texts.isdecimal()) or min(int(prompts), int(texts)) < 1:
-            raise ValueError(f"DPG_REWARD_BATCH is {text!r}. Give prompts x texts of each, as 64x4 or train=64x4.")
-        batches[split.strip() if equals else "train"] = (int(prompts), int(texts))
-    return batches
 
 
 def _parts(samples: list[dict[str, str]]) -> list[list[dict[str, str]]]:

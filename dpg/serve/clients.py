@@ -1,13 +1,14 @@
 """Reward functions for trainers that ask for one sample at a time; they ask the reward service.
 
-This file and `ask.py` use the standard library alone: where `pip install --no-deps metagrad` is not wanted either, copy
-the two as dpg/serve/ into a folder of PYTHONPATH (Python 3.11 or newer). docs/serve.md says how each trainer is told to
-call which function.
+This file, `ask.py` and `config.py` use the standard library alone: where `pip install --no-deps metagrad` is not wanted
+either, copy the three as dpg/serve/ into a folder of PYTHONPATH (Python 3.11 or newer). docs/serve.md says how each
+trainer is told to call which function.
 """
 
 from typing import Any
 
-from dpg.serve.ask import Config, RewardError, Rollout, reward_of, rewards_of, wait
+from dpg.serve.ask import RewardError, Rollout, reward_of, rewards_of, wait
+from dpg.serve.config import Config
 
 
 async def compute_score(

@@ -6,7 +6,8 @@ and lets an error stop the run.
 
 from openrlhf.utils.agent import SingleTurnAgentExecutor
 
-from dpg.serve.ask import Config, Rollout, reward_of
+from dpg.serve.ask import Rollout, reward_of
+from dpg.serve.config import Config
 
 
 class AgentExecutor(SingleTurnAgentExecutor):
