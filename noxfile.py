@@ -52,6 +52,15 @@ def exactness(session: nox.Session, step: str) -> None:
 
 
 @nox.session
+@nox.parametrize("num_ranks", [2, 4])
+def ranks(session: nox.Session, num_ranks: int) -> None:
+    """The tests of runs over several processes, in as many."""
+    session.install(*CONSTRAINTS, "-e", ".[test]")
+    command = ["torchrun", "--nproc-per-node", str(num_ranks), "--module", "pytest", "tests/over_ranks.py"]
+    session.run(*command, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """The tests that need a CUDA device, with whatever torch is asked for by `-- TORCH`, or the newest that fits."""
     session.install(*session.posargs or ["torch>=2.11"])

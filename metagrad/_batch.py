@@ -144,7 +144,8 @@ class BatchLoss:
         if self.ranks is not None:
             total = self.ranks.sum(total, f"the gradient of step {self.step}")
         if changed or evaluated.drew or disagreement(total, evaluated.gradient) is not None:
-            why = f"it changes buffer {changed[0]!r}" if changed else "it draws random numbers" if evaluated.drew else ""
+            why = "it draws random numbers" if evaluated.drew else ""
+            why = f"it changes buffer {changed[0]!r}" if changed else why
             raise ValueError(
                 "`reverse_microbatch_size` cuts the batch in other places than the forward run does, but the loss of "
                 f"an example depends on the others of its micro-batch ({why or 'as under batch norm'}) at step "

@@ -66,7 +66,8 @@ def metagradient(
         wrt_params: also return the gradient of the initial parameters, optimizer state and buffers.
         progress: show a progress bar in step evaluations.
         resume: a folder. If the process is killed at any moment, the same call goes on from what is there, and gives
-            the same bits. The states are kept there, so `store` must be None. Delete it when the result is safe.
+            the same bits. The states are kept there, so `store` must be None. Delete it when the result is safe. The
+            ranks of a step that has several name the same one.
         allow_low_precision: accept parameters in float16 or bfloat16, and TF32 products.
 
     Returns:
@@ -181,7 +182,8 @@ def prepared(
     meta = detached(meta)
     initial = linear.init(params, meta)
     refuse_low_precision(initial, allow_low_precision)
-    return meta, Run(linear, initial, batches, meta, DEFAULT_SCHEDULE, wrt_params, progress)
+    ranks = step.ranks if isinstance(step, TrainStep) else None
+    return meta, Run(linear, initial, batches, meta, DEFAULT_SCHEDULE, wrt_params, progress, ranks)
 
 
 def _scheduled(

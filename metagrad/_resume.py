@@ -1,26 +1,29 @@
 """A run's folder: everything that is needed to go on after a kill at any moment, in files that are whole or absent."""
 
-import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from time import perf_counter
+from typing import TypeVar
 
 import torch
 
+from metagrad._claim import claim, locked, of_rank
 from metagrad._disk import DiskStore
-from metagrad._files import REMEDY, Blueprint, could_not_write, read_tree, sync_folder, write_tree
+from metagrad._files import REMEDY, Blueprint, read_tree, write_tree
 from metagrad._fingerprint import Fingerprint
 from metagrad._plan import Plan, Save
+from metagrad._ranks import Ranks
 from metagrad._replay import Progress
 from metagrad._store import Kept
 from metagrad._tree import tensor_leaves
 from metagrad._types import ResumeError, State, Tree
 from metagrad._witness import Witness
 
+Answer = TypeVar("Answer")
 FILE = re.compile(r"(state|final|witness|reverse)-(\d{8})\.[0-9a-f]{8}\.safetensors")
 PAUSE = 10
 """A bookmark is written when ten times as long has passed as the last one took: a tenth of the time at most."""
@@ -32,12 +35,16 @@ class RunFolder:
     Files: `run.json`, what makes it this run; `state-t`, kept states and a bookmark of the forward run; `final-T`, the
     trained state; `witness-t`, the digests of the states up to t; `reverse-t`, what is known after reversing step t.
 
+    Each of several processes has such a folder in the one that is named. They write, and delete what is older,
+    together: whenever they are killed, there is a newest file of each kind that all of them have.
+
     Args:
         folder: made if absent.
         fingerprint: of the run.
         initial: the state before step 0.
         like: progress after the last step, for its shapes and types.
         wrt_params: whether the initial state has a cotangent at the end.
+        ranks: the processes of the run.
 
     Attributes:
         store: where the plan's states are kept; those that an earlier process left are there.
@@ -49,33 +56,54 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: str | os.PathLike[str], fingerprint: Fingerprint, initial: State, like: Progress, wrt_params: bool
+        self,
+        folder: str | os.PathLike[str],
+        fingerprint: Fingerprint,
+        initial: State,
+        like: Progress,
+        wrt_params: bool,
+        ranks: Ranks | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = locked(self.folder)
+        self._ranks = ranks
+        self.folder = Path(folder) if ranks is None else of_rank(Path(folder), ranks)
+        self._lock: int | None = None
         try:
-            claim(self.folder, fingerprint)
-            for unfinished in self.folder.glob("*.unfinished"):
-                unfinished.unlink()
-            found = _files_by_kind(self.folder)
-            self.store = DiskStore(self.folder, found["state"], Blueprint.of(Kept(initial, None)))
-            self.witness = _read_witness(found["witness"], initial)
-            self.final: State | None = None
-            for path in found["final"].values():
-                self.final = read_tree(path, Blueprint.of(initial))
-            self.progress = _read_progress(found["reverse"], like, wrt_params)
-            if self.progress is not None and self.final is None:
-                raise ResumeError(f"{self.folder} holds no final-*.safetensors, the trained state, any more. {REMEDY}")
+            self._together(lambda: self._open(fingerprint))
+            found = self._together(lambda: _files_by_kind(self.folder))
+            if ranks is not None:
+                _keep_common(found, ranks.gathered({kind: set(paths) for kind, paths in found.items()}, str(folder)))
+            _keep_newest(found)
+            self._together(lambda: self._read(found, initial, like, wrt_params))
         except BaseException:
             # Or the same process, corrected, would find the folder in use.
-            os.close(self._lock)
+            self.close()
             raise
         self._planned: frozenset[int] = frozenset()
         # The newest file of each kind but the plan's states; the bookmark of a dead process is one of those by now.
         self._own = {kind: path for kind in ("final", "witness", "reverse") for path in found[kind].values()}
         self._pause = 0.0
         self._written_at = perf_counter()
+
+    def _open(self, fingerprint: Fingerprint) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = locked(self.folder)
+        claim(self.folder, fingerprint)
+        for unfinished in self.folder.glob("*.unfinished"):
+            unfinished.unlink()
+
+    def _read(self, found: dict[str, dict[int, Path]], initial: State, like: Progress, wrt_params: bool) -> None:
+        self.store = DiskStore(self.folder, found["state"], Blueprint.of(Kept(initial, None)))
+        self.witness = _read_witness(found["witness"], initial)
+        self.final: State | None = None
+        for path in found["final"].values():
+            self.final = read_tree(path, Blueprint.of(initial))
+        self.progress = _read_progress(found["reverse"], like, wrt_params)
+        if self.progress is not None and self.final is None:
+            raise ResumeError(f"{self.folder} holds no final-*.safetensors, the trained state, any more. {REMEDY}")
+
+    def _together(self, act: Callable[[], Answer]) -> Answer:
+        """What `act` returns, once it has not failed on any rank."""
+        return act() if self._ranks is None else self._ranks.agreed(act, f"the folder {self.folder.parent}")
 
     def begin(self, plan: Plan) -> None:
         """Hear of the states that the forward run will keep anyway, which need no bookmark."""
@@ -107,14 +135,16 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another process have the folder."""
-        os.close(self._lock)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _due(self) -> bool:
-        return perf_counter() - self._written_at >= self._pause
+        due = perf_counter() - self._written_at >= self._pause
+        return due if self._ranks is None else bool(self._ranks.first(due, "whether to write"))
 
     def _write(self, kind: str, step: int, tree: Tree) -> None:
         start = perf_counter()
-        path = write_tree(self.folder, f"{kind}-{step:08d}", tree)
+        path = self._together(lambda: write_tree(self.folder, f"{kind}-{step:08d}", tree))
         self._count({*self._own.values(), path})
         # The older one goes only now: at every moment there is one that is whole.
         if (older := self._own.get(kind)) is not None and older != path:
@@ -128,67 +158,30 @@ class RunFolder:
         self.store.beside(sum(path.stat().st_size for path in own))
 
 
-def locked(folder: Path) -> int:
-    """A lock that ends with the process, however it ends."""
-    import fcntl  # Only here: Windows has none, and everything else works there.
-
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise ResumeError(f"{folder} is in use by another process. Wait for it, or name another folder.") from error
-    return descriptor
-
-
-def claim(folder: Path, fingerprint: Fingerprint) -> None:
-    """Write `run.json` to an empty folder, or see that the one there says the same."""
-    path, text = folder / "run.json", json.dumps(dict(fingerprint), indent=0, sort_keys=True)
-    if not path.exists():
-        if others := sorted({file.name for file in folder.iterdir()} - {"lock", "run.unfinished"}):
-            raise ResumeError(f"{folder} has no run.json, but holds {others[0]}. Name an empty or a new folder.")
-        unfinished = folder / "run.unfinished"
-        try:
-            with open(unfinished, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
-            sync_folder(folder)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise could_not_write(path.name, folder, error) from error
-        return
-    content = path.read_bytes()
-    if content == text.encode():
-        return
-    try:
-        found = dict(json.loads(content))
-    except ValueError as error:
-        raise ResumeError(f"{path} is damaged: it is no JSON any more. {REMEDY}") from error
-    # First what was passed, then what a metric makes of it.
-    for part in sorted([*fingerprint, *found], key=lambda part: part.startswith("metric")):
-        if found.get(part) != fingerprint.get(part):
-            raise ResumeError(
-                f"{path} is of another run, or damaged: {part} was {found.get(part)} and is {fingerprint.get(part)}. "
-                "Name another folder, or call with the arguments of the run that was begun here."
-            )
-    raise ResumeError(f"{path} is damaged: it was not written like this. {REMEDY}")
-
-
 def _files_by_kind(folder: Path) -> dict[str, dict[int, Path]]:
-    """The files of a run by kind and step; of those that replace one another only the newest, the others removed."""
+    """The files of a run by kind and step."""
     found: dict[str, dict[int, Path]] = defaultdict(dict)
     for path in sorted(folder.glob("*.safetensors")):
         match = FILE.fullmatch(path.name)
         if match is None:
             raise ResumeError(f"{path} is damaged: no file of a run has such a name. {REMEDY}")
         found[match[1]][int(match[2])] = path
+    return found
+
+
+def _keep_common(found: dict[str, dict[int, Path]], of_ranks: Sequence[Mapping[str, set[int]]]) -> None:
+    """Remove the files that some rank lacks: what was being written, or deleted, when the run was cut off."""
+    for kind, paths in found.items():
+        for step in [step for step in paths if not all(step in each.get(kind, ()) for each in of_ranks)]:
+            paths.pop(step).unlink()
+
+
+def _keep_newest(found: dict[str, dict[int, Path]]) -> None:
+    """Remove those that a newer one has replaced."""
     newest: list[tuple[str, Callable[..., int]]] = [("witness", max), ("reverse", min)]
     for kind, choose in newest:
         for step in found[kind].keys() - ({choose(found[kind])} if found[kind] else set()):
             found[kind].pop(step).unlink()
-    return found
 
 
 def _read_witness(paths: dict[int, Path], initial: State) -> Witness:

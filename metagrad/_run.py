@@ -11,6 +11,7 @@ import torch
 from metagrad._disk import DiskStore
 from metagrad._fingerprint import fingerprint
 from metagrad._plan import Plan, Save
+from metagrad._ranks import Ranks
 from metagrad._replay import Progress, Replay, Terms
 from metagrad._resume import RunFolder
 from metagrad._schedule import Schedule
@@ -42,6 +43,7 @@ class Run:
     schedule: Schedule
     wrt_params: bool
     progress: bool
+    ranks: Ranks | None = None
 
     def at_once(self, terms: Terms, store: Store | None) -> Outcome:
         """The run from its start, states kept in `store`."""
@@ -68,7 +70,8 @@ class Run:
             ResumeError: if the folder is not this run's, or damaged.
         """
         prints = fingerprint(self.initial, self.batches, self.meta, marks, self.wrt_params)
-        journal = RunFolder(folder, prints, self.initial, self._nothing_reversed(trial), self.wrt_params)
+        begun = self._nothing_reversed(trial)
+        journal = RunFolder(folder, prints, self.initial, begun, self.wrt_params, self.ranks)
         try:
             with _closing(journal.store):
                 plan = self._rest(journal)

@@ -30,6 +30,7 @@ def start(timeout: float = 60.0) -> Ranks:
 
     Raises:
         ValueError: where nothing says which processes there are, or for a timeout that is not positive.
+        RankError: if they do not all come within it.
     """
     if not timeout > 0:
         raise ValueError(f"`timeout` is {timeout}. Pass seconds above 0.")
@@ -41,12 +42,11 @@ def start(timeout: float = 60.0) -> Ranks:
                 "torch.distributed.init_process_group before."
             )
         if torch.cuda.is_available():
-            torch.cuda.set_device(_local_rank())
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
-    # A group of its own: its time limit, and nobody else's collectives.
-    group = dist.new_group(timeout=limit)
-    return Ranks(group, timeout)
-
-
-def _local_rank() -> int:
-    return dist.get_node_local_rank()
+            torch.cuda.set_device(dist.get_node_local_rank())
+    try:
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=limit)
+        # A group of its own: its time limit, and nobody else's collectives.
+        return Ranks(dist.new_group(timeout=limit), timeout)
+    except RuntimeError as error:
+        raise RankError(f"the ranks did not come together in {timeout:g} s: {str(error).splitlines()[0]}") from error

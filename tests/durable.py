@@ -79,6 +79,7 @@ def call(
     num_steps: int,
     loss: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor] = loss,
     lr: float = 0.02,
+    ranks: mg.distributed.Ranks | None = None,
     **options: Any,
 ) -> mg.Result:
     """The metagradient of one small problem, hierarchical schedules on the disk of `options`."""
@@ -86,11 +87,12 @@ def call(
     params = {"a": torch.randn(3, WIDTH, generator=draw), "b": torch.randn(WIDTH, generator=draw)}
     x, y = torch.randn(NUM_EXAMPLES, 3, generator=draw), torch.randn(NUM_EXAMPLES, generator=draw)
     chosen = [torch.randperm(NUM_EXAMPLES, generator=draw)[:BATCH_SIZE] for _ in range(num_steps)]
+    batches = [{"index": index, "x": x[index], "y": y[index]} for index in chosen]
     arguments = {
         "metric": [norm, mg.Trajectory({num_steps // 2: norm, num_steps: corner})] if setup.several else norm,
-        "step": mg.TrainStep(mg.weighted(loss), mg.optim.adamw(lr=lr), setup.microbatch_size),
+        "step": mg.TrainStep(mg.weighted(loss), mg.optim.adamw(lr=lr), setup.microbatch_size, ranks=ranks),
         "params": params,
-        "batches": [{"index": index, "x": x[index], "y": y[index]} for index in chosen],
+        "batches": batches if ranks is None else ranks.part(batches),
         "meta": {"weights": torch.ones(NUM_EXAMPLES)},
         "schedule": setup.schedule,
         "wrt_params": setup.wrt_params,

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from metagrad._claim import claim, locked
 from metagrad._custom import as_linear
 from metagrad._files import Blueprint, read_tree, write_tree
 from metagrad._fingerprint import Fingerprint, digest, fingerprint
 from metagrad._metric import Objective, Trajectory, value_of
 from metagrad._progress import ticking
-from metagrad._resume import claim, locked
 from metagrad._types import Batches, LinearStep, Metric, NonFiniteError, State, Step, Tree
 from metagrad.attribution._scores import like_params, refuse_other_subsets, refuse_weights
 
