@@ -99,6 +99,7 @@ def test_the_api_page_lists_every_public_name() -> None:
         *(f"optim.{name}" for name in mg.optim.__all__),
         *(f"check.{name}" for name in mg.check.__all__),
         *(f"attribution.{name}" for name in mg.attribution.__all__),
+        *(f"distributed.{name}" for name in mg.distributed.__all__),
     }
     assert public <= listed, "not in docs/api.md"
     assert listed <= public, "in docs/api.md, but not public"
