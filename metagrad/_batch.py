@@ -129,6 +129,7 @@ class BatchLoss:
                 new = self.derivatives.pull(evaluate, at, gammas, ends, wrt_params)
             ends = [nonzero(each.buffers) for each in new]
             totals = new if totals is None else [_sum(*pair) for pair in zip(totals, new, strict=True)]
+            del new  # As large as the parameters, and not to be there beside the next graph.
         assert totals is not None
         return totals if self.ranks is None else self._summed(totals, self.ranks)
 

@@ -98,7 +98,7 @@ class _Elementwise:
         if wanted.state:
             # Contiguous, since they are written over.
             to_params = [leaf.contiguous() for leaf in to_params]
-            to_memory = [_like(each) if unread else [leaf.contiguous() for leaf in each] for each in to_memory]
+            to_memory = [[_room(leaf) if unread else leaf.contiguous() for leaf in each] for each in to_memory]
         kernel, numbers = self._prepared(_block.pull, now)
         made = _like(columns[0])
         before, ends, out = [list(map(Column, each)) for each in (columns, [to_params, *to_memory], [made])]
@@ -146,6 +146,11 @@ def _memory(state: Tree) -> list[list[Tensor]]:
 def _with_memory(state: Tree, step: Int[Tensor, ""], memory: Sequence[Sequence[Tensor]]) -> Tree:
     trees = [with_floating_leaves(tree, new) for tree, new in zip(state[1:], memory, strict=True)]
     return type(state)(step, *trees)
+
+
+def _room(leaf: Tensor) -> Tensor:
+    """A tensor whose content nobody reads, to be written over: this one, unless it is one number for many entries."""
+    return leaf if leaf.is_contiguous() else _like([leaf])[0]
 
 
 def _like(leaves: Sequence[Tensor]) -> list[Tensor]:

@@ -91,11 +91,20 @@ def _agrees(
     precision: far above rounding, far below a missing term.
     """
     with torch.no_grad():
-        left = torch.cat([(x * c).flatten() for x, c in zip(inputs, pulled, strict=True)])
-        pairs = [(g, c) for g, c in zip(gradient, gamma, strict=True) if c is not None]
-        right = torch.cat([(g * c).flatten() for g, c in pairs] or [left.new_zeros(0)])
-    gap = (left.sum() - right.sum()).abs()
+        left, left_size = _product(inputs, pulled)
+        right, right_size = _product(gradient, gamma)
+        gap = (left - right).abs()
     precision = max(torch.finfo(tensor.dtype).eps for tensor in (*inputs, *gradient))
-    tolerance = precision**0.5 * (left.abs().sum() + right.abs().sum())
+    tolerance = precision**0.5 * (left_size + right_size)
     # A gap that is not finite is no disagreement: the replay reports it, by name.
     return not bool(gap > tolerance)
+
+
+def _product(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> tuple[Scalar, Scalar]:
+    """⟨left, right⟩ and the sum of its terms without their signs; one tensor at a time, for they are many numbers."""
+    total = size = torch.zeros((), device=left[0].device)
+    for one, other in zip(left, right, strict=True):
+        if other is not None:
+            terms = one * other
+            total, size = total + terms.sum(), size + terms.abs().sum()
+    return total, size

@@ -109,6 +109,7 @@ def metagradient(
     trial = [] if once else objective.try_on(run.initial)
     run = _scheduled(run, schedule, store, resume, trial)[0]
     if resume is None:
+        trial = []  # As large as a state, and of no more use.
         outcome = run.at_once(objective.at, store)
     else:
         outcome = run.in_folder(objective.at, resume, trial, objective.marks(run.initial))
