@@ -106,7 +106,7 @@ def _refuse_too_long(text: str, generator: Generator, target: Target) -> None:
 
 def _generator(settings: Settings) -> Generator:
     same = settings.generator == "target"
-    source = _source(settings.target, "target") if same else _source(settings.generator, "generator")
+    source = source_of(settings.target, "target") if same else source_of(settings.generator, "generator")
     model, tokenizer = load_model(source)
     return Generator(
         _adapted(model, settings).to(settings.device),
@@ -124,14 +124,23 @@ def _adapted(model: PreTrainedModel, settings: Settings) -> PreTrainedModel:
     """The generator with low-rank adapters, where the settings ask for them."""
     if settings.lora_rank is None:
         return model
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return adapted(model, settings.lora_rank, settings.lora_alpha)
+
+
+def adapted(model: PreTrainedModel, rank: int, alpha: float) -> PreTrainedModel:
+    """A model that trains low-rank adapters of all its linear layers.
+
+    Raises:
+        ValueError: if peft is not installed.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise ValueError("lora_rank needs the package peft: pip install 'metagrad[scale]'.") from error
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        shape = {"r": settings.lora_rank, "lora_alpha": settings.lora_alpha, "target_modules": "all-linear"}
-        return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
+    shape = {"r": rank, "lora_alpha": alpha, "target_modules": "all-linear"}
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **shape))
 
 
 def load_target(settings: Settings) -> Target:
@@ -140,7 +149,7 @@ def load_target(settings: Settings) -> Target:
     Raises:
         ValueError: if it is not there, or does not fit the settings.
     """
-    model, tokenizer = load_model(_source(settings.target, "target"), untie=settings.untie_head)
+    model, tokenizer = load_model(source_of(settings.target, "target"), untie=settings.untie_head)
     return Target(
         model.to(settings.device),
         tokenizer,
@@ -215,7 +224,8 @@ def _grpo(settings: Settings) -> GrpoConfig:
     )
 
 
-def _source(setting: str, name: str) -> str:
+def source_of(setting: str, name: str) -> str:
+    """Where the model of a setting is: a folder, a .gguf file or a hub name."""
     match setting:
         case "embedded":
             return str(MODELS / name)

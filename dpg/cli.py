@@ -1,4 +1,4 @@
-"""The command line: `dpg run`, `verify`, `compare`, `transfer`, `fidelity`, `enumerate`, `serve` and `list`."""
+"""The command line: `dpg run`, `plan`, `verify`, `compare`, `transfer`, `fidelity`, `enumerate`, `serve`, `push`, `list`."""
 
 import errno
 import os
@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dpg.plan.command import plan
 from dpg.upkeep import collector_paused, forget_what_stays, keep_freed_memory
 
 app = typer.Typer(
@@ -179,6 +180,9 @@ def serve(
     given = {key: value for key, value in options.items() if value is not None}
     chosen = load(experiment, preset).changed({**given, **parse(set_ or [])})
     serve_rewards(chosen, host, port, token_file, out, limit or [])
+
+
+app.command()(plan)
 
 
 @app.command("list")

@@ -39,7 +39,7 @@ def run(preset: Preset, path: Path, *, resume: bool = False, command: str = "", 
     config = {"experiment": preset.experiment.name, "command": command, **preset.as_dict(), **_environment(parts)}
     config |= environment
     expected = estimate(parts, settings)
-    refuse_too_large(parts, settings)
+    refuse_too_large(expected, settings)
     checkpoint = engine.reopen(folder, config) if resume else None
     if not engine.is_main:
         engine.train(parts, settings, folder, checkpoint, lambda record, save: None)

@@ -1,0 +1,110 @@
+"""From a run's settings, or the parts that it has loaded, to what is to be planned."""
+
+from math import ceil
+
+from dpg import languages
+from dpg.build import Parts, source_of
+from dpg.experiments.language import Language
+from dpg.experiments.uuid import Uuid
+from dpg.loop import WRITTEN_AT_ONCE
+from dpg.metrics import HeldOutLoss
+from dpg.plan.shape import Shape, named_shape, shape_of
+from dpg.plan.workload import Devices, HeldOut, Inner, Workload, Writer
+from dpg.preset import Preset
+from dpg.settings import Settings
+
+TRAINED = ("metagradient", "shuffled", "naive")
+"""Rewards that train a target."""
+
+
+def of_preset(preset: Preset, devices: Devices) -> Workload:
+    """The workload of a run that nothing has been loaded for: configurations are read, and no weights.
+
+    Held-out texts are taken to be as long as those that the target trains on.
+
+    Raises:
+        ValueError: if a model's configuration is not to be had.
+    """
+    settings, experiment = preset.settings, preset.experiment
+    target = named_shape(_source(settings.target, "target"), untie=settings.untie_head)
+    same = settings.generator == "target"
+    source = _source(settings.target, "target") if same else _source(settings.generator, "generator")
+    generator = named_shape(source, lora_rank=settings.lora_rank)
+    held_out = HeldOut()
+    if isinstance(experiment, Language):
+        held_out = HeldOut(experiment.num_held_out, HeldOutLoss.microbatch_size, settings.sequence_length)
+    elif isinstance(experiment, Uuid):
+        held_out = HeldOut(1, 1, settings.sequence_length)
+    return of_settings(settings, generator, target, held_out, devices, experiment.name)
+
+
+def of_parts(parts: Parts, settings: Settings, name: str = "") -> Workload:
+    """The workload of a run whose models are there, on its one device."""
+    metric, target = parts.judge.metric, parts.judge.target
+    held_out = HeldOut()
+    if isinstance(metric, HeldOutLoss):
+        ids = target.tokenizer(metric.texts, verbose=False)["input_ids"]
+        held_out = HeldOut(len(ids), metric.microbatch_size, max(map(len, ids)))
+    shapes = shape_of(parts.generator.model, settings.generator), shape_of(target.model, settings.target)
+    return of_settings(settings, *shapes, held_out, devices_of(settings), name)
+
+
+def of_settings(
+    settings: Settings, generator: Shape, target: Shape, held_out: HeldOut, devices: Devices, name: str
+) -> Workload:
+    """The workload of a run with these models."""
+    num_texts = settings.prompts_per_step * settings.group_size
+    writer = Writer(
+        generator,
+        num_texts=num_texts,
+        num_prompts=settings.prompts_per_step,
+        prompt=settings.max_prompt_tokens,
+        written=settings.max_new_tokens,
+        at_once=settings.generation_batch_size,
+        validated=min(settings.validation_texts, WRITTEN_AT_ONCE),
+        updates=settings.updates_per_step,
+        microbatch=settings.policy_microbatch_size,
+        has_reference=settings.kl_coefficient > 0,
+        entropy=settings.entropy_coefficient > 0,
+        own=settings.sampling_dtype is not None,
+    )
+    num_inner, runs = num_texts_of_a_run(settings), num_runs(settings)
+    # Rewards that train no target leave that to the validations.
+    trained = settings.reward in TRAINED
+    texts = num_inner if trained else settings.validation_texts
+    inner = Inner(
+        target,
+        num_steps=ceil(texts / settings.inner_batch_size),
+        batch=min(texts, settings.inner_batch_size),
+        length=settings.sequence_length,
+        microbatch=settings.inner_microbatch_size,
+        num_moments=0 if settings.inner_optimizer == "sgd" else 2,
+        num_runs=runs if trained else 1,
+        held_out=held_out,
+        metagradient=settings.reward in ("metagradient", "shuffled"),
+    )
+    return Workload(inner, writer, devices, name)
+
+
+def num_texts_of_a_run(settings: Settings) -> int:
+    """Texts that one training of the target behind a reward sees."""
+    return settings.prompts_per_step * settings.group_size // num_runs(settings)
+
+
+def num_runs(settings: Settings) -> int:
+    """Trainings of the target behind the rewards of a step: one, or one for each text of a prompt."""
+    return settings.group_size if settings.reward == "naive" or not settings.cross_group else 1
+
+
+def devices_of(settings: Settings, capacity: int | None = None) -> Devices:
+    """The one device of a run."""
+    return Devices(capacity=capacity, cpu=not settings.device.startswith("cuda"))
+
+
+def _source(setting: str, name: str) -> str:
+    if setting == "multilingual" and not (languages.cache() / "multilingual").exists():
+        raise ValueError(
+            f"the multilingual {name} is not made yet; `dpg run language` makes it, once and in minutes. Pass "
+            f"--set {name}=... to plan with another."
+        )
+    return source_of(setting, name)
