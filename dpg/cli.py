@@ -182,6 +182,24 @@ def serve(
     serve_rewards(chosen, host, port, token_file, out, limit or [])
 
 
+@app.command()
+def push(
+    path: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    repo: Annotated[str, typer.Option(help="NAME or OWNER/NAME on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Of repositories that are made now.")] = False,
+    what: Annotated[str, typer.Option(help="generator, dataset or both.")] = "both",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded, and do not.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Upload a run's generator and data set, with their cards, to the Hugging Face hub."""
+    from dpg.publish import push as push_run
+    from dpg.publish import uploads
+
+    print(
+        "\n".join(map(str, uploads(path, repo, what) if dry_run else push_run(path, repo, private=private, what=what)))
+    )
+
+
 app.command()(plan)
 
 

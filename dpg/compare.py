@@ -19,7 +19,7 @@ from rich.progress import track
 from dpg.folder import RunFolder, RunFolderError
 from dpg.preset import Preset
 from dpg.pretrain import multilingual_models
-from dpg.report import table, words
+from dpg.table import table, words
 from dpg.verify import SOURCES, ordinary_trial
 
 CONTROLS = ("untrained generator", "real prose", "shuffled", "random", "naive")

@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 
 from dpg.folder import RunFolder
-from dpg.report import table
+from dpg.table import table
 
 SMALL = 0.1
 """Exponents are fitted where lr / n is at most this: theory is an expansion in it."""

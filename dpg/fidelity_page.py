@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from dpg.agreement import Agreement, Interval
 from dpg.folder import RunFolder
-from dpg.report import table
+from dpg.table import table
 
 FIGURES = ("pearson", "spearman", "slope")
 

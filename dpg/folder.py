@@ -147,6 +147,19 @@ class RunFolder:
             )
         return [self._parsed(name, line)["text"] for line in (self.path / name).read_text().splitlines()]
 
+    def read_json(self, name: str) -> Any:
+        """The content of a JSON file of a finished run.
+
+        Raises:
+            RunFolderError: if the run did not get as far as writing it.
+        """
+        if not (self.path / name).exists():
+            raise RunFolderError(
+                f"{self.path} holds no {name}: the run in it is not finished, or an older version made it. Continue it "
+                "with --resume."
+            )
+        return self._parsed(name, (self.path / name).read_text(encoding="utf-8"))
+
     def write_json(self, name: str, value: Any) -> None:
         """A JSON file a person can read."""
         self._replace(name, (json.dumps(value, indent=2) + "\n").encode())

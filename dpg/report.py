@@ -11,13 +11,14 @@ from torch import Tensor
 from dpg.folder import RunFolder
 from dpg.judge import Judge
 from dpg.metrics import WeightPattern, pixel_accuracy
+from dpg.table import table, words
 
 NUM_SAMPLES = 5
 SOURCES = {"untrained generator": "untrained.jsonl", "trained generator": "dataset.jsonl", "real prose": "prose.jsonl"}
 
 
 def write(folder: RunFolder, judge: Judge, figure: str) -> None:
-    """Write `curve.png` (of `figure`), `report.md` and, for a pattern, `pattern.png` from what is in the folder."""
+    """Write `curve.png` (of `figure`), `report.md`, `outcomes.json` and, for a pattern, `pattern.png`."""
     matplotlib.use("agg")  # A run may have no screen.
     outcomes, updates = {}, {}
     for source, name in SOURCES.items():
@@ -26,15 +27,11 @@ def write(folder: RunFolder, judge: Judge, figure: str) -> None:
         outcomes[source] = {"phi": judge.phi(params), **judge.measures(params, texts)}
         if isinstance(judge.metric, WeightPattern):
             updates[source] = judge.metric.update(judge.target.model, params)
+    folder.write_json("outcomes.json", outcomes)
     _draw_curve(folder, figure, outcomes)
     if isinstance(judge.metric, WeightPattern):
         _draw_pattern(folder, judge.metric.image, updates)
     folder.write_text("report.md", _page(folder, outcomes, bool(updates)))
-
-
-def words(name: str) -> str:
-    """The name of a figure, for a person."""
-    return name.replace("_", " ").replace("phi", "Φ")
 
 
 def _draw_curve(folder: RunFolder, figure: str, outcomes: dict[str, dict[str, float]]) -> None:
@@ -110,12 +107,6 @@ def _speed(config: dict[str, Any], records: list[dict[str, Any]]) -> str:
         f"{len(trained)} GRPO steps took {seconds:.0f} s ({config['num_threads']} threads, torch {config['torch']}); "
         f"the generator wrote {tokens} tokens, {tokens / seconds:.0f} a second."
     )
-
-
-def table(head: list[str], rows: list[list[Any]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _inline(text: str) -> str:

@@ -11,13 +11,14 @@ import torch
 
 from dpg import report
 from dpg.build import Parts, build
+from dpg.cards import write_cards
 from dpg.display import Display
 from dpg.engine import BuiltinEngine, Engine, Interrupted, checkpoint_due
 from dpg.estimate import estimate, refuse_too_large
 from dpg.folder import RunFolder
 from dpg.loop import write
 from dpg.preset import Preset
-from dpg.records import Record
+from dpg.records import Checkpoint, Record
 from dpg.settings import Settings
 from dpg.tracking import refuse_missing, tracker
 
@@ -44,6 +45,7 @@ def run(preset: Preset, path: Path, *, resume: bool = False, command: str = "", 
     if not engine.is_main:
         engine.train(parts, settings, folder, checkpoint, lambda record, save: None)
         return
+    start = checkpoint.step + 1 if isinstance(checkpoint, Checkpoint) else 0
     print(f"{preset.experiment.name}: {expected}", flush=True)
     if not resume:
         folder.create(config, needed_bytes=expected.disk)
@@ -54,7 +56,7 @@ def run(preset: Preset, path: Path, *, resume: bool = False, command: str = "", 
         # One of several processes cannot stop at a step of its own; their launcher ends them all.
         _stop_requested() if engine.num_processes == 1 else nullcontext(lambda: False) as stopping,
         Display(settings.num_steps) as display,
-        tracker("none" if engine.tracks else settings.track, path, config) as track,
+        tracker("none" if engine.tracks else settings.track, path, config, start) as track,
     ):
 
         def on_step(record: Record, save: Callable[[], None]) -> None:
@@ -82,12 +84,16 @@ def _prepare(folder: RunFolder, parts: Parts, settings: Settings) -> None:
 
 
 def _finish(folder: RunFolder, parts: Parts, preset: Preset) -> None:
-    folder.write_texts("dataset.jsonl", _texts(parts, preset.settings))
+    texts = _texts(parts, preset.settings)
+    folder.write_texts("dataset.jsonl", texts)
+    (folder.path / "dataset").mkdir(exist_ok=True)
+    folder.write_texts("dataset/train.jsonl", texts)  # The same as `datasets` and the hub want it.
     model = parts.generator.model
     merged = model.merge_and_unload() if preset.settings.lora_rank is not None else model
     merged.save_pretrained(folder.path / "generator")
     parts.generator.tokenizer.save_pretrained(folder.path / "generator")
     report.write(folder, parts.judge, preset.experiment.figure)
+    write_cards(folder)
 
 
 def _texts(parts: Parts, settings: Settings) -> list[str]:

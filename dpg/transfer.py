@@ -17,7 +17,7 @@ from dpg.folder import RunFolder, RunFolderError
 from dpg.loop import write
 from dpg.metrics import bind
 from dpg.preset import Preset, restore
-from dpg.report import words
+from dpg.table import words
 from dpg.target import load_model
 from dpg.verify import fresh_target, load, ordinary_steps
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from dpg.cards import cards, refresh_cards
 from dpg.folder import RunFolder, RunFolderError
 from dpg.metrics import bind
 from dpg.preset import Preset, restore
@@ -31,7 +32,7 @@ class Verdict(NamedTuple):
 
 
 def verify(path: Path) -> list[Verdict]:
-    """The run's data and its two controls, each in a freshly loaded target; also written to `verify.json`.
+    """The run's data and its two controls, each in a freshly loaded target; written to `verify.json` and the cards.
 
     Raises:
         RunFolderError: if the run in `path` is not finished.
@@ -40,7 +41,10 @@ def verify(path: Path) -> list[Verdict]:
     preset = restore(folder.read_config())
     texts = {name: folder.read_texts(file) for name, file in SOURCES.items()}
     verdicts = [Verdict(name, ordinary_trial(path, texts[name], preset)) for name in texts]
+    before = cards(folder) if (path / "outcomes.json").exists() else None  # An older version wrote none.
     folder.write_json("verify.json", [{"source": verdict.source, **verdict.figures} for verdict in verdicts])
+    if before is not None:
+        refresh_cards(folder, before)
     return verdicts
 
 

@@ -24,9 +24,9 @@ def calibrate(device: torch.device) -> Speed:
     """
     large = device.type == "cuda"
     side, size = (8192, 2**28) if large else (1024, 2**26)
-    left, right = (torch.randn(side, side, device=device) for _ in range(2))
+    left, right = (torch.randn(side, side, dtype=torch.float32, device=device) for _ in range(2))
     flops = 2 * side**3 / _seconds(lambda: left @ right, device)
-    source = torch.ones(size, device=device)
+    source = torch.ones(size, dtype=torch.float32, device=device)
     copy = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / _seconds(lambda: copy.copy_(source), device)
     where = torch.cuda.get_device_name(device) if large else f"{torch.get_num_threads()} CPU threads"
@@ -39,7 +39,7 @@ def _share(device: torch.device, speed: Speed, large: bool) -> float:
     width, layers, texts, length = (768, 12, 32, 128) if large else (256, 4, 8, 64)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
     config = GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=8192, n_positions=length, **ends)
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fuse_gelu(model)
     optimizer = mg.optim.adamw(lr=1e-4, eps_root=1e-4)
     # No text is encoded: the tokens are drawn.
@@ -49,7 +49,7 @@ def _share(device: torch.device, speed: Speed, large: bool) -> float:
         ids = torch.randint(config.vocab_size, (texts, length), device=device)
         index = torch.arange(step * texts, (step + 1) * texts, device=device)
         batches.append({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "index": index})
-    meta = {"weights": torch.ones(2 * texts, device=device)}
+    meta = {"weights": torch.ones(2 * texts, dtype=torch.float32, device=device)}
     name, _ = next(model.named_parameters())
 
     def run() -> None:

@@ -1,6 +1,7 @@
 """Language models without their numbers: parameters are counted and steps run on torch's meta device."""
 
 import copy
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -86,7 +87,9 @@ class Shape:
 
 @cache
 def _with_adapters(shape: Shape, rank: int) -> Shape:
-    return Shape(shape.name, adapted(copy.deepcopy(shape.model), rank, alpha=1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Peft's, of how it will treat weights that are not here.
+        return Shape(shape.name, adapted(copy.deepcopy(shape.model), rank, alpha=1.0))
 
 
 def named_shape(source: str, *, untie: bool = False, lora_rank: int | None = None) -> Shape:
