@@ -73,7 +73,9 @@ CASES = {
         lambda: _gpt2(256, 6, 8192), {"num_steps": 2, "batch": 8, "length": 128, "num_metrics": 4}
     ),
 }
-GRPO = "a whole GRPO step: Llama writes, GPT-2 is trained"
+GRPO = "GRPO: Llama writes, GPT-2 is trained"
+STEPS = 2
+"""Of GRPO: Adam's state of the generator is there from the end of the first on."""
 
 
 def main() -> None:
@@ -92,7 +94,7 @@ def main() -> None:
     for name in (*CASES, GRPO):
         found, seconds = _planned(name, speed)
         resident, allocated = _in_process(name), _in_process(name, "--profiled")["bytes"]
-        size, took = resident["bytes"], resident["seconds"]
+        size, took = resident["bytes"], resident["seconds"] / (STEPS if name == GRPO else 1)
         print(
             f"| {name} | {found.peak / 1e6:.0f} | {allocated / 1e6:.0f} | {found.peak / allocated:.2f} "
             f"| {size / 1e6:.0f} | {found.peak / size:.2f} | {seconds:.1f} | {took:.1f} |",
@@ -172,7 +174,7 @@ def _grpo() -> tuple[dpg.Generator, dpg.Target, dpg.GrpoConfig]:
     generator = dpg.Generator(_model(_llama(256, 6, sizes[0])), tokenizers[0], 16, 64)
     optimizer = mg.optim.adamw(lr=1e-4, eps_root=1e-4)
     target = dpg.Target(_model(_gpt2(256, 6, sizes[1])), tokenizers[1], optimizer, 32, 64)
-    config = dpg.GrpoConfig(num_steps=1, prompts_per_step=8, group_size=4, updates_per_step=2, kl_coefficient=0.1)
+    config = dpg.GrpoConfig(num_steps=STEPS, prompts_per_step=8, group_size=4, updates_per_step=2, kl_coefficient=0.1)
     return generator, target, config
 
 

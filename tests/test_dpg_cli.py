@@ -203,3 +203,36 @@ def test_a_second_ctrl_c_ends_at_once(call, monkeypatch):
     monkeypatch.setattr(dpg.run, "run", interrupted)
     status, errors, _ = call("run", "sixseven")
     assert status == 130 and not [line for line in errors if line not in ("", "dpg: interrupted")]
+
+
+def test_a_plan_of_a_model_and_of_a_run(tmp_path, call):
+    planned = "plan", "--model", "gpt2-124m", "--generator", "none", "--batch", 2, "--sequence-length", 8
+    status, errors, output = call(*planned, "--gpu-memory", "80GB")
+    assert (status, errors) == (0, []) and any(line.startswith("fits: ") for line in output)
+    assert "  target's weights" in "\n".join(output) and "124,439,808 x 4 B" in "\n".join(output)
+    status, errors, output = call(*planned, "--json", "--flops", "1e12", "--gpu-memory", "1GB")
+    told = json.loads("\n".join(output))
+    assert (status, errors) == (0, []) and told["fits"] is False and told["seconds"] > 0
+    assert told["always"]["lines"] == [
+        {"what": "target's weights", "arithmetic": "124,439,808 x 4 B", "bytes": 4 * 124_439_808}
+    ]
+    status, errors, output = call("plan", "sixseven", "--slots", 2)
+    assert (status, errors) == (0, []) and output[0] == "sixseven" and output[1].startswith("target ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name an experiment (`dpg plan sixseven --preset paper`) or pass --model: one of the two"),
+        (("sixseven", "--model", "gpt2-124m"), "one of the two"),
+        (("sixseven", "--batch", "8"), "--batch goes with --model. With an experiment, say it as `dpg run` would"),
+        (("--model", "gpt2-124m", "--set", "seed=1"), "--set goes with an experiment"),
+        (("--model", "gpt2-124m", "--share", "0.5"), "--share and --bandwidth go with --flops"),
+        (("--model", "gpt2-124m", "--flops", "1e12", "--calibrate"), "Pass one of them"),
+        (("--model", "gpt2-124m", "--save", "file"), "--save writes what --calibrate measured"),
+        (("--model", "gpt2-124m", "--gpu-memory", "much"), "'much' is no amount of memory"),
+        (("--model", "gpt2-124m", "--gpus", "0"), "gpus is 0. Pass at least 1"),
+    ],
+)
+def test_a_plan_that_cannot_be(refused, arguments, message):
+    assert message in refused("plan", *arguments)

@@ -242,6 +242,12 @@ def test_devices_share_texts_and_if_sharded_states_too(gpt2):
     graph = "activations of the gradient"
     assert bytes_of[0][graph] > 3 * bytes_of[1][graph] and bytes_of[1][graph] == bytes_of[2][graph]
     assert bytes_of[2]["largest block, gathered"] == 3 * 4 * gpt2.largest_block
+    # With parameters that are many beside the texts, the graph is freed before all gradients are there; but where each
+    # device keeps a small part of those, the graph is what counts.
+    writer = Writer(gpt2, num_texts=4, num_prompts=2, prompt=2, written=4)
+    graph = graphs.policy(gpt2, 1, 2, 4, False)
+    learning = memory(Workload(None, writer, Devices(4, sharded=True))).phases[2]
+    assert learning.lines[0].bytes == max(graph.held, graph.peak - graph.made) == graph.held
     assert sharded.always.bytes == gpt2.num_params and one.always.bytes == 4 * gpt2.num_params
 
 
@@ -258,7 +264,6 @@ def test_verdicts_and_what_to_change(gpt2):
     assert verdict(at(peak + 1)).startswith("may fit: ")
     assert verdict(at(peak - 1)).startswith("does not fit: ")
     found = changes(at(peak // 4))
-    assert [change.peak for change in found] == [memory(change.workload).peak for change in found]
     peaks = [peak, *(change.peak for change in found)]
     assert all(after < before for before, after in zip(peaks, peaks[1:], strict=False))
     assert found[-1].peak <= 0.9 * (peak // 4)

@@ -1,12 +1,12 @@
 """Whether a plan fits a device, and what to change until it does."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from dpg.plan.lines import FLOAT, readable
 from dpg.plan.memory import drawn_at_once, memory, rows_of, updated_at_once
-from dpg.plan.workload import Inner, Workload, Writer
+from dpg.plan.workload import Workload
 
 SPARE = 0.1
 """The share of a device's memory that a plan should leave: to the allocator, the kernels and the driver."""
@@ -14,13 +14,22 @@ RANK = 16
 FEWER = (16, 4, 1)
 MOST_DEVICES = 1024
 
+Changed: TypeAlias = Callable[[Workload], Workload]
 
-class Change(NamedTuple):
-    """One thing to do otherwise, how to ask for it, and the most bytes at a time when it is done, too."""
+
+class Way(NamedTuple):
+    """One thing to do otherwise, how to ask for it on the command line or in code, and what it makes of a plan."""
 
     what: str
     option: str
-    workload: Workload
+    changed: Changed
+
+
+class Change(NamedTuple):
+    """A way that was taken, and the most bytes at a time then."""
+
+    what: str
+    option: str
     peak: int
 
 
@@ -44,89 +53,22 @@ def verdict(workload: Workload) -> str | None:
 
 def changes(workload: Workload) -> list[Change]:
     """What to change, one thing after the other, until the plan fits or nothing more is known."""
-    capacity, found = workload.devices.capacity, []
-    peak = memory(workload).peak
-    while capacity is not None and not fits(peak, capacity):
-        possible = (Change(*way, memory(way[2]).peak) for way in _ways(workload))
-        change = next((each for each in possible if each.peak < 0.98 * peak), None)
-        if change is None:
+    capacity = workload.devices.capacity
+    if capacity is None:
+        return []
+    taken, now = list[Way](), workload
+    while not fits(memory(now).peak, capacity):
+        way = next((way for way in _ways(now) if memory(way.changed(now)).peak < 0.98 * memory(now).peak), None)
+        if way is None:
             break
-        workload, peak = change.workload, change.peak
-        if found and found[-1].option.split()[0] == change.option.split()[0]:
-            found.pop()  # The same thing, and more of it.
-        found.append(change)
-    return found
-
-
-def _ways(workload: Workload) -> Iterator[tuple[str, str, Workload]]:
-    """Changes that may lower the largest phase, the cheapest first."""
-    largest, inner, writer = memory(workload).largest.name, workload.inner, workload.writer
-    if inner is not None and largest in ("the target is trained", "the step is reversed", "a step is reversed"):
-        yield from _of_target(workload, inner)
-    if inner is not None and largest == "Φ is differentiated":
-        yield from _of_metric(workload, inner)
-    if writer is not None and largest in ("prompts are read", "texts are drawn"):
-        for count in (number for number in FEWER if number < drawn_at_once(writer, workload.devices)):
-            changed = replace(workload, writer=replace(writer, at_once=count))
-            yield f"sample {count} texts at a time", f"--generation-batch {count} (generation_batch_size)", changed
-    if writer is not None and largest == "the generator learns":
-        for count in (number for number in FEWER if number < updated_at_once(writer, workload.devices)[0]):
-            changed = replace(workload, writer=replace(writer, microbatch=count))
-            yield (
-                f"learn from {count} texts at a time",
-                f"--policy-microbatch {count} (policy_microbatch_size)",
-                changed,
-            )
-    # What changes the experiment, and what costs machines, comes last.
-    if workload.devices.number > 1 and not workload.devices.sharded:
-        changed = replace(workload, devices=replace(workload.devices, sharded=True))
-        yield "divide parameters and states between GPUs", "--sharded", changed
-    if inner is not None and inner.metagradient and inner.num_steps > 1 and inner.place == "device":
-        yield from _of_states(workload, inner)
-    if writer is not None:
-        yield from _of_generator(workload, writer)
-    yield from _more_devices(workload)
-
-
-def _of_target(workload: Workload, inner: Inner) -> Iterator[tuple[str, str, Workload]]:
-    for count in (number for number in FEWER if number < rows_of(inner, workload.devices)):
-        changed = replace(workload, inner=replace(inner, microbatch=count))
-        yield f"differentiate {count} texts at a time", f"--microbatch {count} (inner_microbatch_size)", changed
-
-
-def _of_states(workload: Workload, inner: Inner) -> Iterator[tuple[str, str, Workload]]:
-    for slots in (number for number in (4, 2) if number < min(inner.slots, inner.num_steps)):
-        changed = replace(workload, inner=replace(inner, slots=slots))
-        option = f"--slots {slots} (schedule=mg.Binomial({slots}))"
-        yield f"keep {slots} states, and run more steps again", option, changed
-    place, store = ("disk", "DiskStore") if workload.devices.cpu else ("pinned", "PinnedStore")
-    where = "on disk" if place == "disk" else "in the host's pinned memory"
-    changed = replace(workload, inner=replace(inner, place=place))
-    yield f"keep states {where}", f"--states {place} (store=mg.{store}(...))", changed
-
-
-def _of_metric(workload: Workload, inner: Inner) -> Iterator[tuple[str, str, Workload]]:
-    rows = min(workload.devices.share(inner.held_out.texts), inner.held_out.at_once)
-    for count in (number for number in (64, *FEWER) if number < rows):
-        changed = replace(workload, inner=replace(inner, held_out=inner.held_out._replace(at_once=count)))
-        yield f"evaluate {count} held-out texts at a time", f"HeldOutLoss(microbatch_size={count})", changed
-
-
-def _of_generator(workload: Workload, writer: Writer) -> Iterator[tuple[str, str, Workload]]:
-    if writer.shape.num_learned == writer.shape.num_params:
-        changed = replace(workload, writer=replace(writer, shape=writer.shape.with_adapters(RANK)))
-        yield "train adapters of the generator", f"--lora-rank {RANK} (lora_rank)", changed
-    if writer.has_reference:
-        changed = replace(workload, writer=replace(writer, has_reference=False))
-        yield "keep no reference generator", "--no-reference (kl_coefficient=0)", changed
-
-
-def _more_devices(workload: Workload) -> Iterator[tuple[str, str, Workload]]:
-    number = workload.devices.number
-    while not workload.devices.cpu and number < MOST_DEVICES:
-        number *= 2
-        changed = replace(workload, devices=replace(workload.devices, number=number, sharded=True))
-        yield f"divide them between {number} GPUs", f"--gpus {number} --sharded", changed
+        taken = [other for other in taken if _key(other) != _key(way)] + [way]  # Of one thing the last word.
+        now = _after(workload, taken)
+    for way in list(taken):  # What a later change made needless.
+        others = [other for other in taken if other is not way]
+        if fits(memory(_after(workload, others)).peak, capacity):
+            taken = others
+    steps = [taken[: number + 1] for number in range(len(taken))]
+    return [Change(way[-1].what, way[-1].option, memory(_after(workload, way)).peak) for way in steps]
 
 
 def vocabulary_share(workload: Workload) -> str | None:
@@ -141,3 +83,83 @@ def vocabulary_share(workload: Workload) -> str | None:
         f"Logits are a large part: {readable(logits)} each time they are held. A loss of your own can compute them in "
         "chunks of the vocabulary's tokens by mg.linear_cross_entropy (docs/speed.md)."
     )
+
+
+def _key(way: Way) -> str:
+    return way.option.split()[0]
+
+
+def _after(workload: Workload, taken: Sequence[Way]) -> Workload:
+    for way in taken:
+        workload = way.changed(workload)
+    return workload
+
+
+def _set(part: str, **fields: Any) -> Changed:
+    """`workload` with fields of its `inner`, `writer` or `devices` changed."""
+    return lambda workload: replace(workload, **{part: replace(getattr(workload, part), **fields)})
+
+
+def _ways(workload: Workload) -> Iterator[Way]:
+    """Changes that may lower the largest phase. What changes the experiment comes late, what costs machines last."""
+    largest, devices = memory(workload).largest.name, workload.devices
+    if workload.inner is not None and largest in (
+        "the target is trained",
+        "the step is reversed",
+        "a step is reversed",
+    ):
+        for count in _fewer(rows_of(workload.inner, devices)):
+            option = f"--microbatch {count} (inner_microbatch_size)"
+            yield Way(f"differentiate {_texts(count)} at a time", option, _set("inner", microbatch=count))
+    if workload.inner is not None and largest == "Φ is differentiated":
+        held_out = workload.inner.held_out
+        for count in _fewer(min(devices.share(held_out.texts), held_out.at_once)):
+            changed = _set("inner", held_out=held_out._replace(at_once=count))
+            yield Way(f"evaluate Φ on {_texts(count)} at a time", f"HeldOutLoss microbatch_size={count}", changed)
+    if workload.writer is not None and largest in ("prompts are read", "texts are drawn"):
+        for count in _fewer(drawn_at_once(workload.writer, devices)):
+            option = f"--generation-batch {count} (generation_batch_size)"
+            yield Way(f"sample {_texts(count)} at a time", option, _set("writer", at_once=count))
+    if workload.writer is not None and largest == "the generator learns":
+        for count in _fewer(updated_at_once(workload.writer, devices)[0]):
+            option = f"--policy-microbatch {count} (policy_microbatch_size)"
+            yield Way(f"learn from {_texts(count)} at a time", option, _set("writer", microbatch=count))
+    if devices.number > 1 and not devices.sharded:
+        yield Way("divide parameters and states between GPUs", "--sharded", _set("devices", sharded=True))
+    yield from _of_states(workload)
+    yield from _of_generator(workload)
+    number = devices.number
+    while not devices.cpu and number < MOST_DEVICES:
+        number *= 2
+        changed = _set("devices", number=number, sharded=True)
+        yield Way(f"divide all between {number} GPUs", f"--gpus {number} --sharded", changed)
+
+
+def _texts(count: int) -> str:
+    return "1 text" if count == 1 else f"{count} texts"
+
+
+def _fewer(number: int) -> Iterator[int]:
+    return (count for count in FEWER if count < number)
+
+
+def _of_states(workload: Workload) -> Iterator[Way]:
+    inner = workload.inner
+    if inner is None or not inner.metagradient or inner.num_steps == 1 or inner.place != "device":
+        return
+    place, store = ("disk", "DiskStore") if workload.devices.cpu else ("pinned", "PinnedStore")
+    where = "on disk" if place == "disk" else "in the host's memory"
+    yield Way(f"keep states {where}", f"--states {place} (store=mg.{store}(...))", _set("inner", place=place))
+    for slots in (number for number in (4, 2) if number < min(inner.slots, inner.num_steps)):
+        option = f"--slots {slots} (schedule=mg.Binomial({slots}))"
+        yield Way(f"keep {slots} states, and run more steps again", option, _set("inner", slots=slots))
+
+
+def _of_generator(workload: Workload) -> Iterator[Way]:
+    writer = workload.writer
+    if writer is not None and writer.shape.num_learned == writer.shape.num_params:
+        changed = _set("writer", shape=writer.shape.with_adapters(RANK))
+        yield Way("train adapters of the generator", f"--lora-rank {RANK} (lora_rank)", changed)
+    if writer is not None and writer.has_reference:
+        changed = _set("writer", has_reference=False)
+        yield Way("keep no reference generator", "--no-reference (kl_coefficient=0)", changed)

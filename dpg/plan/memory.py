@@ -128,7 +128,7 @@ def _trained(inner: Inner, devices: Devices) -> Phase:
     lines = [
         product("state, and the next one", 2 * (1 + inner.num_moments), p, over=_over(devices)),
         product("gradient", p, over=_over(devices)),
-        counted("activations", _told(rows, inner.length), graph.peak - graph.made),
+        counted("activations", _told(rows, inner.length), _walked(graph, devices)),
     ]
     return Phase("the target is trained", lines + _gathered(inner.shape.largest_block, 2, devices))
 
@@ -188,7 +188,7 @@ def _reversal(inner: Inner, devices: Devices) -> Phase:
     if cut:
         lines.append(product("gradient of a micro-batch", p, over=over))
     lines.append(counted("activations of the gradient", told, graph.held))
-    more = graph.peak - graph.made - graph.held
+    more = _walked(graph, devices) - graph.held
     lines.append(counted("its way back" if more >= 0 else "of which freed by then", told, more))
     name = "the step is reversed" if one else "a step is reversed"
     return Phase(name, lines + _gathered(inner.shape.largest_block, 3, devices))
@@ -197,7 +197,7 @@ def _reversal(inner: Inner, devices: Devices) -> Phase:
 def _learning(writer: Writer, inner: Inner | None, devices: Devices) -> Phase:
     rows, whole = updated_at_once(writer, devices)
     graph = graphs.policy(writer.shape, rows, writer.prompt, writer.written, writer.entropy)
-    rest = graph.peak - graph.made
+    rest = _walked(graph, devices)
     told = f"{rows} texts x {writer.prompt + writer.written} tokens"
     lines = [counted("activations and logits", told, rest if whole else max(graph.held, rest))]
     if inner is not None:
@@ -211,6 +211,16 @@ def _saving(writer: Writer, devices: Devices) -> Phase:
     if devices.cpu:
         lines.append(product("the file, made in memory", 2, size))
     return Phase("a checkpoint is saved", lines)
+
+
+def _walked(graph: graphs.Graph, devices: Devices) -> int:
+    """The most that a graph and its way back take besides what they make, which has lines of its own.
+
+    What is made grows while the graph is freed, so this may be less than the graph. But not where each device keeps a
+    small part of what is made.
+    """
+    rest = graph.peak - graph.made
+    return rest if _over(devices) == 1 else max(rest, graph.held)
 
 
 def _gathered(block: int, copies: int, devices: Devices) -> list[Line]:
