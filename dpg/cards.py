@@ -81,14 +81,7 @@ on its texts shall do this: {EXPERIMENTS[config["experiment"]].goal}.
 
 {_models(config)}
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model, tokenizer = AutoModelForCausalLM.from_pretrained(NAME), AutoTokenizer.from_pretrained(NAME)
-```
-
-It continues prompts of up to {config["max_prompt_tokens"]} tokens by up to {config["max_new_tokens"]}, sampled at
-temperature {config["temperature"]} from its whole distribution{_instructed(config)}.
+{_use(config)}
 
 {_figures(folder)}
 
@@ -153,11 +146,18 @@ def _models(config: dict[str, Any]) -> str:
     return f"Generator: {told[0]}. Target: {told[1]}. Prompts: `{config['prompts']}`."
 
 
-def _instructed(config: dict[str, Any]) -> str:
-    parts = [", in its chat template"] if config["chat"] else []
+def _use(config: dict[str, Any]) -> str:
+    how = ", in its chat template" if config["chat"] else ""
     if config["instruction"]:
-        parts.append(f", after the instruction `{' '.join(config['instruction'].split())}`")
-    return "".join(parts)
+        how += f", after the instruction `{' '.join(config['instruction'].split())}`"
+    return f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(NAME), AutoTokenizer.from_pretrained(NAME)
+```
+
+It continues prompts of up to {config["max_prompt_tokens"]} tokens by up to {config["max_new_tokens"]}, sampled from its
+whole distribution at temperature {config["temperature"]}{how}."""
 
 
 def _figures(folder: RunFolder) -> str:

@@ -312,6 +312,8 @@ def test_a_preset_is_planned_without_its_models(monkeypatch):
     naive = of_run("sixseven", "laptop", ["reward=naive"], {}, Devices())
     assert not naive.inner.metagradient and naive.inner.num_runs == 4 and naive.devices.cpu
     assert naive.devices.capacity is not None  # This machine's.
+    assert naive.inner.length == 33  # Texts of 32 tokens and their end, though the target would read 48.
+    assert paper.inner.length == 128
     with pytest.raises(ValueError, match="the multilingual target is not made yet"):
         monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
         of_run("language", "laptop", [], {}, Devices())

@@ -1,5 +1,6 @@
 """From a run's settings, or the parts that it has loaded, to what is to be planned."""
 
+from dataclasses import replace
 from math import ceil
 
 from dpg import languages
@@ -35,7 +36,8 @@ def of_preset(preset: Preset, devices: Devices) -> Workload:
         held_out = HeldOut(experiment.num_held_out, HeldOutLoss.microbatch_size, settings.sequence_length)
     elif isinstance(experiment, Uuid):
         held_out = HeldOut(1, 1, settings.sequence_length)
-    return of_settings(settings, generator, target, held_out, devices, experiment.name)
+    same_tokens = source == _source(settings.target, "target") or settings.generator == settings.target
+    return of_settings(settings, generator, target, held_out, devices, experiment.name, same_tokens)
 
 
 def of_parts(parts: Parts, settings: Settings, name: str = "") -> Workload:
@@ -46,17 +48,28 @@ def of_parts(parts: Parts, settings: Settings, name: str = "") -> Workload:
         ids = target.tokenizer(metric.texts, verbose=False)["input_ids"]
         held_out = HeldOut(len(ids), metric.microbatch_size, max(map(len, ids)))
     shapes = shape_of(parts.generator.model, settings.generator), shape_of(target.model, settings.target)
-    return of_settings(settings, *shapes, held_out, devices_of(settings), name)
+    same_tokens = parts.generator.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+    return of_settings(settings, *shapes, held_out, devices_of(settings), name, same_tokens)
 
 
 def of_settings(
-    settings: Settings, generator: Shape, target: Shape, held_out: HeldOut, devices: Devices, name: str
+    settings: Settings,
+    generator: Shape,
+    target: Shape,
+    held_out: HeldOut,
+    devices: Devices,
+    name: str,
+    same_tokens: bool,
 ) -> Workload:
-    """The workload of a run with these models."""
-    num_texts = settings.prompts_per_step * settings.group_size
-    writer = Writer(
-        generator,
-        num_texts=num_texts,
+    """The workload of a run with these models; with `same_tokens` a text has no more than were written."""
+    inner = _inner(settings, target, same_tokens)
+    return Workload(replace(inner, held_out=held_out), _writer(settings, generator), devices, name)
+
+
+def _writer(settings: Settings, shape: Shape) -> Writer:
+    return Writer(
+        shape,
+        num_texts=settings.prompts_per_step * settings.group_size,
         num_prompts=settings.prompts_per_step,
         prompt=settings.max_prompt_tokens,
         written=settings.max_new_tokens,
@@ -68,22 +81,24 @@ def of_settings(
         entropy=settings.entropy_coefficient > 0,
         own=settings.sampling_dtype is not None,
     )
-    num_inner, runs = num_texts_of_a_run(settings), num_runs(settings)
+
+
+def _inner(settings: Settings, shape: Shape, same_tokens: bool) -> Inner:
+    longest = settings.max_new_tokens + settings.train_eos + settings.train_bos
+    length = min(settings.sequence_length, longest) if same_tokens else settings.sequence_length
     # Rewards that train no target leave that to the validations.
     trained = settings.reward in TRAINED
-    texts = num_inner if trained else settings.validation_texts
-    inner = Inner(
-        target,
+    texts = num_texts_of_a_run(settings) if trained else settings.validation_texts
+    return Inner(
+        shape,
         num_steps=ceil(texts / settings.inner_batch_size),
         batch=min(texts, settings.inner_batch_size),
-        length=settings.sequence_length,
+        length=max(length, 2),
         microbatch=settings.inner_microbatch_size,
         num_moments=0 if settings.inner_optimizer == "sgd" else 2,
-        num_runs=runs if trained else 1,
-        held_out=held_out,
+        num_runs=num_runs(settings) if trained else 1,
         metagradient=settings.reward in ("metagradient", "shuffled"),
     )
-    return Workload(inner, writer, devices, name)
 
 
 def num_texts_of_a_run(settings: Settings) -> int:
