@@ -1,4 +1,4 @@
-"""The command line: `dpg run`, `plan`, `verify`, `compare`, `transfer`, `fidelity`, `enumerate`, `serve`, `push`, `list`."""
+"""The command line, `dpg`: runs and what comes before and after them. A command says what it does by --help."""
 
 import errno
 import os
