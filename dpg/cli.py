@@ -195,9 +195,7 @@ def push(
     from dpg.publish import push as push_run
     from dpg.publish import uploads
 
-    print(
-        "\n".join(map(str, uploads(path, repo, what) if dry_run else push_run(path, repo, private=private, what=what)))
-    )
+    print(*(uploads(path, repo, what) if dry_run else push_run(path, repo, private=private, what=what)), sep="\n")
 
 
 app.command()(plan)
