@@ -12,14 +12,14 @@ from metagrad._agreement import disagreement
 from metagrad._buffers import refuse_unseen_changes
 from metagrad._derivatives import Derivatives, gradient_at
 from metagrad._evaluation import Evaluation, Point
-from metagrad._forward import Contribution
+from metagrad._forward import Contribution, Slope, pull_forward
 from metagrad._loss import cut, refuse_non_finite_losses
 from metagrad._modes import Cotangents, Pulled
 from metagrad._random import drawing
 from metagrad._ranks import Ranks
 from metagrad._refusals import refuse_non_finite_gradient
 from metagrad._reverse import nonzero
-from metagrad._tree import add, grouped, joined, tensor_leaves
+from metagrad._tree import add, floating_leaves, grouped, joined, tensor_leaves
 from metagrad._types import Loss, Params, Tree
 
 
@@ -50,6 +50,7 @@ class BatchLoss:
         reverse_microbatch_size: of the pullback, if another; then each loss is a function of its example alone.
         derivatives: how one micro-batch's loss is differentiated where no graph is kept.
         ranks: the processes that hold the other parts of the batch; sums over micro-batches are over theirs, too.
+        sharded: whether of what has a part for each parameter, each rank is to have its rows of the sum alone.
     """
 
     loss: Loss
@@ -60,6 +61,7 @@ class BatchLoss:
     constant_buffers: bool
     derivatives: Derivatives
     ranks: Ranks | None
+    sharded: bool = False
 
     def gradient(self, params: Params, start: Start, meta: Tree, keep_graph: bool) -> Evaluated:
         """∇_θ of the mean loss at `params` (eq. 1), checked to be finite; with a graph from the tensors given."""
@@ -84,16 +86,35 @@ class BatchLoss:
         if self.ranks is not None:
             end = Start(self._same_buffers(start.buffers, end.buffers), common)
             # Before anything is refused: the ranks refuse together, and nobody waits for one that has stopped.
-            total = self.ranks.sum(total, f"the gradient of step {self.step}")
+            total = self._over_ranks(total, self.ranks, "the gradient")
+        marks = total
+        if self.ranks is not None and self.sharded:
+            marks = self.ranks.marks(total, f"the gradient of step {self.step}")
         for losses in seen:
             refuse_non_finite_losses(losses, self.step)
-        refuse_non_finite_gradient(params, total, self.step)
+        refuse_non_finite_gradient(params, marks, self.step)
         evaluated = Evaluated(total, starts, end, drew)
         if self.reverse_microbatch_size is not None and self.step == 0:
             self._refuse_company(params, meta, evaluated)  # Now, before the others are run.
         return evaluated
 
-    def total(self, contribution: Contribution, params: Params, meta: Tree, starts: Sequence[Start]) -> list[Tensor]:
+    def forward(
+        self, params: Params, meta: Tree, evaluated: Evaluated, gammas: Cotangents, slopes: Sequence[Slope]
+    ) -> list[Pulled] | None:
+        """eq. 6 alone, by forward mode; None where that does not work. Weights of examples reach no buffer."""
+
+        def total(contribution: Contribution, params: Params) -> list[Tensor]:
+            return self._total(contribution, params, meta, evaluated.starts)
+
+        pulled = []
+        for gamma, slope in zip(gammas, slopes, strict=True):
+            new = pull_forward(total, params, gamma, slope, floating_leaves(meta))
+            if new is None:
+                return None
+            pulled.append(Pulled([], [], new))
+        return pulled
+
+    def _total(self, contribution: Contribution, params: Params, meta: Tree, starts: Sequence[Start]) -> list[Tensor]:
         """The sum over micro-batches of a `contribution` of each one's share of the loss."""
         total: list[Tensor] = []
         for evaluate, batch, start in self._reversible(starts):
@@ -142,9 +163,13 @@ class BatchLoss:
             with drawing(start.rng, params):
                 new = self.derivatives.gradient(evaluate, Point(params, start.buffers, batch, meta)).gradient
             total = add(total, new) if total else new
+        wrong = bool(changed) or evaluated.drew
         if self.ranks is not None:
-            total = self.ranks.sum(total, f"the gradient of step {self.step}")
-        if changed or evaluated.drew or disagreement(total, evaluated.gradient) is not None:
+            total = self._over_ranks(total, self.ranks, "the gradient")
+        wrong = wrong or disagreement(total, evaluated.gradient) is not None
+        if self.ranks is not None:
+            wrong = self.ranks.count(int(wrong), total[0].device) > 0  # Rows may differ where others do not.
+        if wrong:
             why = "it draws random numbers" if evaluated.drew else ""
             why = f"it changes buffer {changed[0]!r}" if changed else why
             raise ValueError(
@@ -182,12 +207,24 @@ class BatchLoss:
                 )
         return after
 
+    def _over_ranks(self, total: list[Tensor], ranks: Ranks, what: str) -> list[Tensor]:
+        """The sum over the ranks of one tensor for each parameter, or this rank's rows of it."""
+        what = f"{what} of step {self.step}"
+        if not self.sharded:
+            return ranks.sum(total, what)
+        return [ranks.sum_of_rows(total.pop(0), what) for _ in range(len(total))]  # Each is gone with its sum.
+
     def _summed(self, totals: list[Pulled], ranks: Ranks) -> list[Pulled]:
         """The sum over the ranks, of all metrics at once."""
+        rows: list[list[Tensor]] = []
+        if self.sharded:
+            rows = [self._over_ranks(each.params, ranks, "the pullback") for each in totals]
+            totals = [each._replace(params=[]) for each in totals]
         groups = [part for each in totals for part in each]
         summed = ranks.sum(joined(groups), f"the pullback of step {self.step}")
         parts = grouped(summed, groups)
-        return [Pulled(*parts[start : start + 3]) for start in range(0, len(parts), 3)]
+        pulled = [Pulled(*parts[start : start + 3]) for start in range(0, len(parts), 3)]
+        return [each._replace(params=own) for each, own in zip(pulled, rows, strict=True)] if rows else pulled
 
 
 def _sum(total: Pulled, new: Pulled) -> Pulled:

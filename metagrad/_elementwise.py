@@ -38,9 +38,16 @@ def elementwise(
     over those that it is given.
     """
     formulas = _Elementwise(values_at, rule, compile)
-    return Transformation(
-        init, formulas.update, formulas.apply, formulas.pull, lambda: elementwise(init, values_at, rule, compile=True)
+    # Rows are entries like any others.
+    own = Transformation(
+        init,
+        formulas.update,
+        formulas.apply,
+        formulas.pull,
+        lambda: elementwise(init, values_at, rule, compile=True),
+        lambda divided: own,
     )
+    return own
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,11 +16,18 @@ Contribution: TypeAlias = Callable[[Scalar], list[Tensor]]
 """What one micro-batch's share of the loss adds to a sum over the batch."""
 
 
+class Slope(NamedTuple):
+    """⟨∇L, γ⟩, and the sum of the sizes of its terms."""
+
+    value: Scalar
+    size: Scalar
+
+
 def pull_forward(
     total: Callable[[Contribution, Params], list[Tensor]],
     params: Params,
-    gradient: Sequence[Tensor],
     gamma: Sequence[Tensor | None],
+    slope: Slope,
     inputs: Sequence[Tensor],
 ) -> list[Tensor] | None:
     """(∂²L/∂z∂θ)γ for a loss that is linear in z = `inputs`, without any backward through θ: ∂⟨∇L, γ⟩/∂z.
@@ -30,7 +37,7 @@ def pull_forward(
 
     Args:
         total: sums a contribution of the loss over the micro-batches, for given parameters.
-        gradient: ∇_θ L by reverse mode.
+        slope: of L along γ, by reverse mode.
 
     Returns:
         None, after a warning, where forward mode cannot do this loss.
@@ -41,7 +48,7 @@ def pull_forward(
         with torch.enable_grad(), forward_ad.dual_level(), _StoppedGradients() as stopped:
             pulled = total(lambda loss: _tangent_gradient(loss, inputs), _as_duals(params, gamma))
         reason = "it stops gradients by torch.no_grad, which forward mode passes by" if stopped.found else None
-        if not _agrees(inputs, pulled, gradient, gamma):
+        if not _agrees(inputs, pulled, slope, params):
             reason = "it differs from the reverse-mode gradient"
     except NotImplementedError as error:
         reason = str(error).splitlines()[0]
@@ -53,6 +60,17 @@ def pull_forward(
         stacklevel=2,
     )
     return None
+
+
+def slope_of(gradient: Sequence[Tensor], gamma: Sequence[Tensor | None]) -> Slope:
+    """That of a loss with this gradient; one tensor at a time, for they are many numbers."""
+    value = size = torch.zeros((), device=gradient[0].device)
+    with torch.no_grad():
+        for one, other in zip(gradient, gamma, strict=True):
+            if other is not None:
+                terms = one * other
+                value, size = value + terms.sum(), size + terms.abs().sum()
+    return Slope(value, size)
 
 
 class _StoppedGradients(TorchFunctionMode):
@@ -82,29 +100,16 @@ def _tangent_gradient(loss: Scalar, inputs: Sequence[Tensor]) -> list[Tensor]:
     return list(torch.autograd.grad(tangent, inputs, allow_unused=True, materialize_grads=True))
 
 
-def _agrees(
-    inputs: Sequence[Tensor], pulled: Sequence[Tensor], gradient: Sequence[Tensor], gamma: Sequence[Tensor | None]
-) -> bool:
+def _agrees(inputs: Sequence[Tensor], pulled: Sequence[Tensor], slope: Slope, params: Params) -> bool:
     """Whether ⟨z, (∂²L/∂z∂θ)γ⟩ = ⟨∇L, γ⟩, as it must be for a loss linear in z.
 
     It is not where a custom function's two derivatives differ, say. The tolerance is the square root of the coarsest
     precision: far above rounding, far below a missing term.
     """
     with torch.no_grad():
-        left, left_size = _product(inputs, pulled)
-        right, right_size = _product(gradient, gamma)
-        gap = (left - right).abs()
-    precision = max(torch.finfo(tensor.dtype).eps for tensor in (*inputs, *gradient))
-    tolerance = precision**0.5 * (left_size + right_size)
+        left = slope_of(inputs, pulled)
+        gap = (left.value - slope.value).abs()
+    precision = max(torch.finfo(tensor.dtype).eps for tensor in (*inputs, *params.values()))
+    tolerance = precision**0.5 * (left.size + slope.size)
     # A gap that is not finite is no disagreement: the replay reports it, by name.
     return not bool(gap > tolerance)
-
-
-def _product(left: Sequence[Tensor], right: Sequence[Tensor | None]) -> tuple[Scalar, Scalar]:
-    """⟨left, right⟩ and the sum of its terms without their signs; one tensor at a time, for they are many numbers."""
-    total = size = torch.zeros((), device=left[0].device)
-    for one, other in zip(left, right, strict=True):
-        if other is not None:
-            terms = one * other
-            total, size = total + terms.sum(), size + terms.abs().sum()
-    return total, size

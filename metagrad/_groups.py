@@ -8,7 +8,7 @@ from torch import Tensor
 from torchopt.base import GradientTransformation
 
 from metagrad._adapter import adapt
-from metagrad._transformation import Given, Made, Transformation
+from metagrad._transformation import Divided, Given, Made, Transformation
 from metagrad._tree import add
 from metagrad._types import Params, Tree
 
@@ -86,6 +86,19 @@ def groups(rule: Labelling, transformations: Mapping[str, GradientTransformation
             states[label], to_meta = back.state, add(to_meta, more)
         return Given(to_gradient, *((states, to_params) if wrt_state else (None, None))), to_meta
 
+    def on_rows(divided: Divided) -> Transformation:
+        # The rule is asked about whole parameters: of rows the shape is another.
+        def of_whole(name: str, tensor: Tensor) -> str:
+            return rule(name, divided.whole[name])
+
+        parts = [member.on_rows for member in members.values()]
+        return groups(of_whole, dict(zip(members, (part(divided) for part in parts if part), strict=True)))
+
     return Transformation(
-        init, update, apply, pull, lambda: groups(rule, {label: member.compiled() for label, member in members.items()})
+        init,
+        update,
+        apply,
+        pull,
+        lambda: groups(rule, {label: member.compiled() for label, member in members.items()}),
+        on_rows if all(member.on_rows for member in members.values()) else None,
     )

@@ -2,18 +2,42 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from metagrad._batch import BatchLoss, Evaluated
-from metagrad._forward import Contribution, pull_forward
+from metagrad._batch import Evaluated
+from metagrad._forward import Slope, slope_of
 from metagrad._modes import Cotangents, Pulled
 from metagrad._refusals import MissingDerivativeError
 from metagrad._reverse import nonzero, pull_gradient
 from metagrad._transformation import Given, Made, Transformation
 from metagrad._tree import Differentiable, add, floating_leaves, grouped, joined, with_floating_leaves
 from metagrad._types import Params, Pullback, Tree
+
+
+class Differentiated(Protocol):
+    """The loss of a batch as the pullback needs it."""
+
+    def pull(
+        self,
+        params: Params,
+        meta: Tree,
+        evaluated: Evaluated,
+        gammas: Cotangents,
+        ends: Cotangents,
+        wrt_params: bool,
+        /,
+    ) -> list[Pulled]:
+        """eq. 5 and 6 for each of several γ."""
+        ...
+
+    def forward(
+        self, params: Params, meta: Tree, evaluated: Evaluated, gammas: Cotangents, slopes: Sequence[Slope], /
+    ) -> list[Pulled] | None:
+        """eq. 6 alone, for a loss that is linear in `meta`; None where that does not work."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,7 +53,7 @@ class StepPullback:
         linear: whether the loss is linear in `meta`, and forward mode may replace the second backward.
     """
 
-    loss: BatchLoss
+    loss: Differentiated
     optimizer: Transformation
     inputs: Differentiable
     meta: Tree
@@ -87,15 +111,5 @@ class StepPullback:
         return [Pulled(*grouped(each, groups)) for each in pull_gradient(outputs, joined(groups), given)]
 
     def _forward(self, gammas: Cotangents) -> list[Pulled] | None:
-        """eq. 6 alone, by forward mode; None where that does not work. Weights of examples reach no buffer."""
-
-        def total(contribution: Contribution, params: Params) -> list[Tensor]:
-            return self.loss.total(contribution, params, self.meta, self.evaluated.starts)
-
-        pulled = []
-        for gamma in gammas:
-            new = pull_forward(total, self.inputs.params, self.evaluated.gradient, gamma, floating_leaves(self.meta))
-            if new is None:
-                return None
-            pulled.append(Pulled([], [], new))
-        return pulled
+        slopes = [slope_of(self.evaluated.gradient, gamma) for gamma in gammas]
+        return self.loss.forward(self.inputs.params, self.meta, self.evaluated, gammas, slopes)

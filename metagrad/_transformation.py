@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import optree
 import torch
 import torchopt
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchopt.base import GradientTransformation
 
@@ -53,6 +53,18 @@ class PullApply(Protocol):
     ) -> tuple[Given, list[Tensor]]: ...
 
 
+class Divided(NamedTuple):
+    """Parameters of which this process has rows.
+
+    Attributes:
+        whole: what each is in all, by name: tensors of torch's meta device.
+        gathered: from a number of this process to those of all, stacked; differentiable.
+    """
+
+    whole: Mapping[str, Tensor]
+    gathered: Callable[[Float[Tensor, ""]], Float[Tensor, " ranks"]]
+
+
 class Transformation(GradientTransformation):
     """A gradient transformation that is known to be pure and differentiable: written here, or adapted.
 
@@ -60,11 +72,14 @@ class Transformation(GradientTransformation):
         apply: its update, added to the parameters.
         pull: the pullback of `apply`; by autograd, where none is given.
         compiled: the same transformation on compiled kernels; itself, where there are none.
+        on_rows: from `Divided` to the same transformation of rows, with rows for a state. The cotangent of `meta` is
+            then this process's part of a sum. None where an entry's update may depend on any other's.
     """
 
     apply: Apply
     pull: PullApply
     compiled: Callable[[], "Transformation"]
+    on_rows: Callable[[Divided], "Transformation"] | None
 
     def __new__(  # type: ignore[no-untyped-def]  # a named tuple's
         cls,
@@ -73,12 +88,14 @@ class Transformation(GradientTransformation):
         apply: Apply | None = None,
         pull: PullApply | None = None,
         compiled: Callable[[], "Transformation"] | None = None,
+        on_rows: Callable[[Divided], "Transformation"] | None = None,
     ):
         """Of TorchOpt's two functions; of the others where they are faster than what is made of these."""
         self = super().__new__(cls, init, update)
         self.apply = apply or applied_by(update)
         self.pull = pull or pulled_by_autograd(self.apply)
         self.compiled = compiled or (lambda: self)
+        self.on_rows = on_rows
         return self
 
 
@@ -122,7 +139,23 @@ def chained(*links: Transformation) -> Transformation:
         params = with_floating_leaves(back.params, add(floating_leaves(back.params), floating_leaves(first.params)))
         return Given(first.gradient, (*first.state, back.state), params), add(to_meta, more)
 
-    return Transformation(init, update, apply, pull, lambda: chained(*(link.compiled() for link in links)))
+    return Transformation(
+        init,
+        update,
+        apply,
+        pull,
+        lambda: chained(*(link.compiled() for link in links)),
+        together([link.on_rows for link in links], lambda parts: chained(*parts)),
+    )
+
+
+def together(
+    each: Sequence[Callable[[Divided], Transformation] | None],
+    join: Callable[[Sequence[Transformation]], Transformation],
+) -> Callable[[Divided], Transformation] | None:
+    """The `on_rows` of what is made of several transformations, if each has one."""
+    known = [on_rows for on_rows in each if on_rows is not None]
+    return (lambda divided: join([on_rows(divided) for on_rows in known])) if len(known) == len(each) else None
 
 
 def applied_by(update: Callable[..., Tree]) -> Apply:

@@ -7,6 +7,7 @@ its decay, betas and dampening refuse tensors, so the transformations are writte
 measurements). `adapt` takes in those of TorchOpt that can be trusted.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import optree
@@ -30,7 +31,7 @@ from metagrad._transformation import (
     zero_steps,
 )
 from metagrad._tree import floating_leaves
-from metagrad._types import Tree
+from metagrad._types import Scalar, Tree
 
 __all__ = ["GradientTransformation", "Hyperparameter", "adam", "adamw", "adapt", "clip", "groups", "muon", "sgd"]
 
@@ -128,6 +129,11 @@ def clip(max_norm: Hyperparameter) -> Transformation:
 
     Differentiable, which TorchOpt's own is not. Chain it before an optimizer: `torchopt.chain(clip(1.0), adam(1e-3))`.
     """
+    return _clip(max_norm, lambda norm: norm)
+
+
+def _clip(max_norm: Hyperparameter, gathered: Callable[[Scalar], Tensor]) -> Transformation:
+    """`clip` to a norm that is made of those of the parts which `gathered` gives for that of this one."""
     values_at = values_by_step({"max_norm": max_norm})
 
     def init(params: Tree) -> Steps:
@@ -137,12 +143,13 @@ def clip(max_norm: Hyperparameter) -> Transformation:
 
     def update(updates: Tree, state: Steps, *, params: Tree = None, inplace: bool = False) -> tuple[Tree, Steps]:
         norms = torch.stack([torch.linalg.vector_norm(g) for g in floating_leaves(updates)])
+        norm = torch.linalg.vector_norm(gathered(torch.linalg.vector_norm(norms)))
         # 1e-6 as in torch, so that a run of torch.optim is reproduced to rounding.
-        scale = (values_at(state.step)["max_norm"] / (torch.linalg.vector_norm(norms) + 1e-6)).clamp(max=1.0)
+        scale = (values_at(state.step)["max_norm"] / (norm + 1e-6)).clamp(max=1.0)
         # In the gradient's own type, which a scale of a wider one would change where the gradient is one number.
         return optree.tree_map(lambda g: (g * scale).to(g.dtype), updates), Steps(state.step + 1)
 
-    return Transformation(init, update)
+    return Transformation(init, update, on_rows=lambda divided: _clip(max_norm, divided.gathered))
 
 
 def _adam(
