@@ -113,6 +113,14 @@ class AutogradStep:
 
         return lambda: detached(new), pull
 
+    def read(self, state: State) -> State:
+        """`state`: a metric sees it as it is."""
+        return state
+
+    def shown(self, part: State, num_metrics: int | None) -> State:
+        """`part`: a result has it as it is."""
+        return part
+
     def _evaluated(self, state: State, batch: Tree, meta: Tree) -> State:
         name = type(self.step).__name__
         # Cloned: modules change their buffers in place, and the state is a value.

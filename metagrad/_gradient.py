@@ -17,9 +17,11 @@ from metagrad._precision import refuse_low_precision
 from metagrad._refusals import refuse_unknown_leaves
 from metagrad._run import Run, fitting_store
 from metagrad._schedule import Binomial, Schedule
+from metagrad._sharded import Sharded
 from metagrad._step import TrainStep
 from metagrad._store import Store
 from metagrad._tree import (
+    Differentiable,
     detached,
     differentiable,
     floating_leaves,
@@ -100,10 +102,10 @@ def metagradient(
     start = perf_counter()
     if resume is not None and store is not None:
         raise ValueError("with `resume` the states are kept in its folder. Leave `store` out.")
-    if resume is not None and isinstance(step, TrainStep) and step.curvature == AUTO:
+    if resume is not None and (of_ours := _train_step(step)) and of_ours.curvature == AUTO:
         raise ValueError('with `resume` a run goes on as it began, and curvature="auto" goes by the clock. Name one.')
     meta, run = prepared(step, params, batches, meta, wrt_params, progress, allow_low_precision)
-    objective = Objective.of(metric, len(batches))
+    objective = Objective.of(metric, len(batches), run.step.read)
     # Before training, whose work would be lost; a single step costs no more than to try.
     once = len(batches) == 1 and isinstance(schedule, Schedule) and resume is None
     trial = [] if once else objective.try_on(run.initial)
@@ -113,25 +115,28 @@ def metagradient(
         outcome = run.at_once(objective.at, store)
     else:
         outcome = run.in_folder(objective.at, resume, trial, objective.marks(run.initial))
-    done, parts = outcome.done, differentiable(outcome.state)
+    done, parts = outcome.done, differentiable(run.initial)
     values = [value for value in done.values if value is not None]
     initial = [None, None, None]
     if wrt_params and done.carried is not None:
         groups = [floating_leaves(part) for part in parts]
         pairs = zip(parts, grouped(objective.stacked(done.carried), groups), strict=True)
-        initial = [with_floating_leaves(part, gradient, keep_others=False) for part, gradient in pairs]
+        gradient = Differentiable(*(with_floating_leaves(*pair) for pair in pairs))
+        num_metrics = len(values) if objective.is_list else None
+        shown = differentiable(run.step.shown(run.initial._replace(**gradient._asdict()), num_metrics))
+        initial = [with_floating_leaves(part, floating_leaves(part), keep_others=False) for part in shown]
     return Result(
         value=torch.stack(values) if objective.is_list else values[0],
         meta=with_floating_leaves(meta, objective.stacked(done.totals), keep_others=False),
         params=initial[0],
-        state=outcome.state,
+        state=run.step.shown(outcome.state, None),
         stats=Stats(
             outcome.forward,
             outcome.replayed,
             outcome.reversed,
             perf_counter() - start,
             *outcome.bytes,
-            curvature=step.derivatives.name if isinstance(step, TrainStep) else None,
+            curvature=of_ours.derivatives.name if (of_ours := _train_step(step)) else None,
         ),
         optimizer=initial[1],
         buffers=initial[2],
@@ -157,7 +162,7 @@ def dry_run(
     Cost: two evaluations and two reversals of step 0, whatever the number of steps.
     """
     meta, run = prepared(step, params, batches, meta, wrt_params, False, allow_low_precision)
-    trial = Objective.of(metric, len(batches)).try_on(run.initial)
+    trial = Objective.of(metric, len(batches), run.step.read).try_on(run.initial)
     run, measured = _scheduled(run, schedule, store, None, trial, measure_anyway=True)
     fitting_store(run.schedule.plan(len(batches)), store)
     assert measured is not None
@@ -187,6 +192,12 @@ def prepared(
     return meta, Run(linear, initial, batches, meta, DEFAULT_SCHEDULE, wrt_params, progress, ranks)
 
 
+def _train_step(step: Step) -> TrainStep | None:
+    """The `TrainStep` that it is, or is made of."""
+    inner = step.step if isinstance(step, Sharded) else step
+    return inner if isinstance(inner, TrainStep) else None
+
+
 def _scheduled(
     run: Run,
     schedule: Schedule | Budget,
@@ -203,7 +214,7 @@ def _scheduled(
     if isinstance(schedule, Schedule) and schedule.num_graphs > 1:
         if resume is not None:
             raise ValueError("graphs do not outlive a process, so with `resume` `num_graphs` must be 1. Leave it out.")
-        if isinstance(run.step, TrainStep) and not run.step.keeps_graph:
+        if (of_ours := _train_step(run.step)) and not of_ours.keeps_graph:
             raise ValueError(
                 f"`num_graphs` is {schedule.num_graphs}, but a step with micro-batches, a `curvature` or compile=True "
                 "keeps no graph. Leave one of the two out."

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from metagrad._gradient import DEFAULT_SCHEDULE, prepared
 from metagrad._replay import Replay
 from metagrad._schedule import Schedule
+from metagrad._sharded import Sharded
 from metagrad._store import Store
 from metagrad._tree import detached, differentiable, floating_leaves, grouped, independent, with_floating_leaves
 from metagrad._types import Batches, LinearStep, State, Step, Term, Tree
@@ -47,6 +48,11 @@ def train(
     if not isinstance(schedule, Schedule):
         raise ValueError(
             f"`schedule` is {schedule!r}. Pass a schedule such as mg.Binomial(slots=8); budgets are for metagradient."
+        )
+    if isinstance(step, Sharded):
+        raise ValueError(
+            "the tensors of a sharded state are divided among ranks, and a loss computed from them would be another on "
+            "each. Pass the step without `Sharded`, or call mg.metagradient with the loss as its metric."
         )
     # Copied: the tensors of `meta` may be changed by an outer optimizer before backward replays the run.
     own, run = prepared(step, params, batches, independent(meta), True, progress, allow_low_precision)

@@ -1,10 +1,10 @@
 """What is differentiated: one or several metrics of the trained state, or of states on the way to it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from metagrad._buffers import DifferentiableStatistics
 from metagrad._refusals import refuse_changes_in_place
 from metagrad._tree import describe, differentiable, floating_leaves, fresh, not_finite, with_floating_leaves
 from metagrad._types import Metric, NonFiniteError, Scalar, State, Term
+
+Read: TypeAlias = Callable[[State], State]
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,15 @@ class Objective:
     Attributes:
         terms: for each metric, from step to the function of that step's state.
         is_list: whether the user gave a list, and expects a leading axis.
+        read: from a state to the one that metrics see.
     """
 
     terms: list[dict[int, Metric]]
     is_list: bool
+    read: Read
 
     @staticmethod
-    def of(metric: Any, num_steps: int) -> "Objective":
+    def of(metric: Any, num_steps: int, read: Read = lambda state: state) -> "Objective":
         """The objective that a user means by a metric, a `Trajectory`, or a list of them.
 
         Raises:
@@ -66,7 +70,7 @@ class Objective:
                     f"`metric` is {describe(wrong[0])}. Pass a function of the trained state, a list of them, or a "
                     "`Trajectory`."
                 )
-        return Objective(terms, is_list)
+        return Objective(terms, is_list, read)
 
     def try_on(self, state: State) -> list[Term]:
         """Each metric at the initial state, so that what cannot be differentiated is reported before training.
@@ -77,7 +81,7 @@ class Objective:
         Raises:
             ValueError: as `checked_value` does.
         """
-        values = {id(m): checked_value(m, state)[0].detach() for steps in self.terms for m in steps.values()}
+        values = {id(m): checked_value(m, state, self.read)[0].detach() for steps in self.terms for m in steps.values()}
         ones = [torch.ones_like(leaf) for leaf in floating_leaves(differentiable(state))]
         return [Term(reduce(torch.add, (values[id(m)] for m in steps.values())), ones) for steps in self.terms]
 
@@ -87,7 +91,7 @@ class Objective:
         # Beside it too: many metrics are alike where parameters are still zero.
         moved = with_floating_leaves(parts, [leaf + 0.01 * (1 + leaf.abs()) for leaf in floating_leaves(parts)])
         states = (initial, initial._replace(**moved._asdict()))
-        found = [{id(m): _term(m, at) for steps in self.terms for m in steps.values()} for at in states]
+        found = [{id(m): _term(m, at, self.read) for steps in self.terms for m in steps.values()} for at in states]
         return {
             f"metric {k}": [(t, [terms[id(m)] for terms in found]) for t, m in sorted(steps.items())]
             for k, steps in enumerate(self.terms)
@@ -99,7 +103,7 @@ class Objective:
         Raises:
             NonFiniteError: if a metric or its gradient is NaN or infinite.
         """
-        return [evaluate(steps[state.step], state) if state.step in steps else None for steps in self.terms]
+        return [evaluate(steps[state.step], state, self.read) if state.step in steps else None for steps in self.terms]
 
     def stacked(self, gradients: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """K lists of tensors as one list, with the leading axis that a list of metrics asks for."""
@@ -116,7 +120,7 @@ def value_of(metric: Metric, state: State) -> Scalar:
             return metric(state._replace(buffers=buffers))
 
 
-def checked_value(metric: Metric, state: State) -> tuple[Scalar, list[Tensor]]:
+def checked_value(metric: Metric, state: State, read: Read = lambda state: state) -> tuple[Scalar, list[Tensor]]:
     """Φ = metric(state) with its graph, and the leaves it was computed from, checked to be differentiable.
 
     Raises:
@@ -124,7 +128,7 @@ def checked_value(metric: Metric, state: State) -> tuple[Scalar, list[Tensor]]:
     """
     # Fresh leaves: Φ is differentiated with respect to this state, the replay does the rest.
     params, optimizer, buffers = variables = fresh(differentiable(state))
-    phi = value_of(metric, State(params, buffers, optimizer, state.rng, state.step))
+    phi = value_of(metric, read(State(params, buffers, optimizer, state.rng, state.step)))
     if not isinstance(phi, Tensor) or phi.ndim != 0 or not phi.is_floating_point():
         raise ValueError(f"the metric returned {describe(phi)}. Return a floating-point scalar, shape ().")
     if not phi.requires_grad:
@@ -135,14 +139,14 @@ def checked_value(metric: Metric, state: State) -> tuple[Scalar, list[Tensor]]:
     return phi, floating_leaves(variables)
 
 
-def evaluate(metric: Metric, state: State) -> Term:
+def evaluate(metric: Metric, state: State, read: Read) -> Term:
     """Φ = metric(state) and dΦ/ds.
 
     Raises:
         ValueError: as `checked_value` does.
         NonFiniteError: if Φ or its gradient is NaN or infinite.
     """
-    term = _term(metric, state)
+    term = _term(metric, state, read)
     wrong = not_finite("state", differentiable(state), term.cotangent)
     if wrong or not bool(torch.isfinite(term.value)):
         raise NonFiniteError(
@@ -152,8 +156,8 @@ def evaluate(metric: Metric, state: State) -> Term:
     return term
 
 
-def _term(metric: Metric, state: State) -> Term:
-    phi, leaves = checked_value(metric, state)
+def _term(metric: Metric, state: State, read: Read) -> Term:
+    phi, leaves = checked_value(metric, state, read)
     gradient = torch.autograd.grad(phi, leaves, allow_unused=True)
     # Most metrics do not read the optimizer's state: zeros for it that take no memory.
     filled = [x.new_zeros(()).expand_as(x) if g is None else g for g, x in zip(gradient, leaves, strict=True)]

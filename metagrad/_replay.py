@@ -145,7 +145,7 @@ class Replay:
         pull = self.pulls.pop(state.step, None) or self._linearize(state)[1]
         pulled = pull(done.carried)
         for each in pulled:
-            _check_finite(state, self.meta, each)
+            check_finite(state, self.meta, each)
         totals = [add(total, each.meta) for total, each in zip(done.totals, pulled, strict=True)]
         carried = None if pulled[0].state is None else [each.state or [] for each in pulled]
         return _with_terms(Progress(state.step, done.values, carried, totals), terms(state))
@@ -235,7 +235,8 @@ def _with_terms(progress: Progress, terms: Sequence[Term | None]) -> Progress:
     return progress._replace(values=values, carried=carried)
 
 
-def _check_finite(state: State, meta: Tree, pulled: Pullback) -> None:
+def check_finite(state: State, meta: Tree, pulled: Pullback) -> None:
+    """Raise for a cotangent with a NaN or an infinity, naming the step and the tensors."""
     wrong = not_finite("meta", meta, pulled.meta)
     if pulled.state is not None:
         wrong = not_finite("state", differentiable(state), pulled.state) + wrong

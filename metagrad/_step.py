@@ -12,12 +12,13 @@ from metagrad._batch import BatchLoss, Evaluated, Start
 from metagrad._compiled import Compiled
 from metagrad._curvature import CURVATURES, derivatives_of
 from metagrad._derivatives import Derivatives, ReverseOverReverse
+from metagrad._initial import trainable
 from metagrad._loss import WeightedLoss
 from metagrad._modes import REFERENCE
 from metagrad._pullback import StepPullback
 from metagrad._random import seeded
 from metagrad._ranks import Ranks
-from metagrad._refusals import refuse_changed_shapes, refuse_other_structure, refuse_shared_modules, refuse_unreadable
+from metagrad._refusals import refuse_changed_shapes, refuse_other_structure, refuse_unreadable
 from metagrad._transformation import Transformation, chained
 from metagrad._tree import describe, detached, differentiable, fresh, independent, tensor_leaves
 from metagrad._types import Batches, Loss, Params, Pull, State, Tree
@@ -105,31 +106,14 @@ class TrainStep:
             ValueError: if there is nothing to train, an entry is not a floating-point tensor, a module with parameters
                 or buffers stands in two places, or a given optimizer state belongs to another optimizer.
         """
-        given = params if isinstance(params, State) else None
-        buffers: Mapping[str, Tensor] = {}
-        if isinstance(params, State):
-            buffers = params.buffers
-            params = params.params
-        elif isinstance(params, torch.nn.Module):
-            refuse_shared_modules(params)
-            buffers = dict(params.named_buffers())
-            params = {name: p for name, p in params.named_parameters() if p.requires_grad}
-        if not params:
-            raise ValueError("there are no parameters to train: pass a non-empty dict, or a module that is not frozen.")
-        for name, value in params.items():
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                raise ValueError(
-                    f"parameter {name!r} is {describe(value)}, but only floating-point tensors can be trained. "
-                    "Leave it out of `params`."
-                )
+        given = trainable(params)
         # Copies: what the caller does to the model between the run and its replay must not reach the replay.
-        own: Params = independent({name: params[name] for name in sorted(params)})
-        optimizer = self._transformation(meta).init(own)
-        if given is not None:
+        own: Params = independent(given.params)
+        optimizer = self.transformation(meta).init(own)
+        if isinstance(params, State):
             refuse_other_structure("the optimizer state", given.optimizer, optimizer)
             optimizer = independent(given.optimizer)
-        rng = given.rng if given is not None and given.rng else seeded(self.seed, own)
-        state = State(own, independent(dict(buffers)), optimizer, rng, step=0)
+        state = State(own, independent(given.buffers), optimizer, given.rng or seeded(self.seed, own), step=0)
         if self.ranks is not None:
             self.ranks.refuse_different("the initial parameters, buffers, optimizer state or `seed`", state, digests)
         return state
@@ -178,15 +162,16 @@ class TrainStep:
         # What has a graph keeps it; the other parameters become leaves of this step alone.
         params = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in state.params.items()}
         start = Start(state.buffers, state.rng)
-        evaluated = self._loss_of(batch, state).gradient(params, start, meta, keep_graph=True)
-        return self._next(state._replace(params=params), evaluated, meta)
+        evaluated = self.loss_of(batch, state.step).gradient(params, start, meta, keep_graph=True)
+        return updated(state._replace(params=params), evaluated, self.transformation(meta))
 
     def advance(self, state: State, batch: Tree, meta: Tree) -> tuple[State, Evaluated | None]:
         """The next state without a graph; and the gradient, if a pullback would have to take it again."""
         start = Start(state.buffers, state.rng)
-        evaluated = self._loss_of(batch, state).gradient(state.params, start, meta, keep_graph=False)
+        evaluated = self.loss_of(batch, state.step).gradient(state.params, start, meta, keep_graph=False)
         with torch.no_grad():
-            return self._next(state, evaluated, meta), None if self.keeps_graph else evaluated
+            new = updated(state, evaluated, self.transformation(meta))
+        return new, None if self.keeps_graph else evaluated
 
     def vjp(
         self, state: State, batch: Tree, meta: Tree, *, wrt_state: bool, kept: Evaluated | None = None
@@ -202,22 +187,27 @@ class TrainStep:
         """
         # Fresh leaves: the cotangents will carry everything that comes after this step.
         inputs, meta = fresh(differentiable(state)), fresh(meta)
-        loss = self._loss_of(batch, state)
+        loss = self.loss_of(batch, state.step)
         start = Start(inputs.buffers, state.rng) if self.keeps_graph else Start(state.buffers, state.rng)
         evaluated = kept or loss.gradient(inputs.params, start, meta, keep_graph=self.keeps_graph)
-        # Forward mode is checked against the gradient, in which an example of weight 0 does not appear.
-        linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta) and not self.compile
-        if self.ranks is not None:
-            linear = self.ranks.all(linear, tensor_leaves(batch)[0].device)
         with torch.enable_grad():
-            optimizer = self._transformation(meta)
+            optimizer = self.transformation(meta)
+        linear = self.is_linear(batch, meta)
         pull = StepPullback(loss, optimizer, inputs, meta, evaluated, wrt_state, self.keeps_graph, linear)
 
         def after() -> State:
             with torch.no_grad():
-                return self._next(state, detached(evaluated), meta)
+                return updated(state, detached(evaluated), self.transformation(meta))
 
         return after, pull
+
+    def read(self, state: State) -> State:
+        """`state`: a metric sees it as it is."""
+        return state
+
+    def shown(self, part: State, num_metrics: int | None) -> State:
+        """`part`: a result has it as it is."""
+        return part
 
     @property
     def keeps_graph(self) -> bool:
@@ -225,28 +215,38 @@ class TrainStep:
         uncut = self.microbatch_size is None and self.reverse_microbatch_size is None and self.ranks is None
         return uncut and isinstance(self.derivatives, ReverseOverReverse)
 
-    def _loss_of(self, batch: Tree, state: State) -> BatchLoss:
+    def is_linear(self, batch: Tree, meta: Tree) -> bool:
+        """Whether the loss is linear in `meta`, and forward mode can be checked on it."""
+        # Against the gradient, in which an example of weight 0 does not appear.
+        linear = isinstance(self.loss, WeightedLoss) and self.loss.can_be_checked(batch, meta) and not self.compile
+        return linear if self.ranks is None else self.ranks.all(linear, tensor_leaves(batch)[0].device)
+
+    def loss_of(self, batch: Tree, step: int, sharded: bool = False) -> BatchLoss:
+        """The mean loss of the batch of a step."""
         return BatchLoss(
             self.loss,
             batch,
-            state.step,
+            step,
             self.microbatch_size,
             self.reverse_microbatch_size,
             self.constant_buffers,
             self.derivatives,
             self.ranks,
+            sharded,
         )
 
-    def _next(self, state: State, evaluated: Evaluated, meta: Tree) -> State:
-        """The state after the update by a gradient (in the order of the parameters)."""
-        params = state.params
-        gradient = dict(zip(params, evaluated.gradient, strict=True))
-        new, optimizer = self._transformation(meta).apply(gradient, state.optimizer, params)
-        refuse_changed_shapes(params, new)
-        return State(new, evaluated.end.buffers, optimizer, evaluated.end.rng, state.step + 1)
-
-    def _transformation(self, meta: Tree) -> Transformation:
+    def transformation(self, meta: Tree) -> Transformation:
+        """Clipping and the optimizer."""
         # Ours pass as they are; any other proves itself in its `init`, once a run.
         chosen = adapt(self.optimizer if isinstance(self.optimizer, GradientTransformation) else self.optimizer(meta))
         whole = chosen if self.clip_norm is None else chained(clip(self.clip_norm), chosen)
         return whole.compiled() if self.compile else whole
+
+
+def updated(state: State, evaluated: Evaluated, optimizer: Transformation) -> State:
+    """The state after the update by a gradient (in the order of the parameters)."""
+    params = state.params
+    gradient = dict(zip(params, evaluated.gradient, strict=True))
+    new, memory = optimizer.apply(gradient, state.optimizer, params)
+    refuse_changed_shapes(params, new)
+    return State(new, evaluated.end.buffers, memory, evaluated.end.rng, state.step + 1)

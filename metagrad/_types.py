@@ -116,6 +116,14 @@ class LinearStep(Step, Protocol):
         """The next state when called for, and the map from its cotangents to those of `state` (if asked) and `meta`."""
         ...
 
+    def read(self, state: State) -> State:
+        """`state` as a metric sees it, with a graph from its tensors where these are others."""
+        ...
+
+    def shown(self, part: State, num_metrics: int | None) -> State:
+        """A state, or its gradient, as a result has it; with `num_metrics` every tensor leads with such an axis."""
+        ...
+
 
 class Stats(NamedTuple):
     """What a metagradient cost: step evaluations, wall time, and the most bytes of kept states at a time.

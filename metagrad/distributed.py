@@ -5,7 +5,7 @@
     result = mg.metagradient(metric, step, params, ranks.part(batches), meta)   # on every rank, the same result
 
 The pullback of a mean is a sum over examples, so each rank pulls back its own, and one sum of finished numbers over the
-ranks makes it whole: no collective is differentiated.
+ranks makes it whole: no collective is differentiated. `Sharded(step)` also divides the state among them.
 """
 
 from datetime import timedelta
@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 
 from metagrad._ranks import Ranks
+from metagrad._sharded import Sharded
 from metagrad._types import RankError
 
-__all__ = ["RankError", "Ranks", "start"]
+__all__ = ["RankError", "Ranks", "Sharded", "start"]
 
 
 def start(timeout: float = 60.0) -> Ranks:
