@@ -221,6 +221,9 @@ def _scheduled(
             )
     folder = store.folder if isinstance(store, DiskStore) else resume
     measured = measure(run, folder, trial) if measure_anyway or isinstance(schedule, Budget) else None
+    if measured is not None and (of_ours := _train_step(run.step)) and of_ours.ranks is not None:
+        # The largest of all ranks, which must come to one schedule.
+        measured = Measured(*map(max, zip(*of_ours.ranks.gathered(measured, "the cost of a step"), strict=True)))
     if isinstance(schedule, Budget):
         assert measured is not None
         # A run's folder also holds the trained state, a bookmark, and, while new ones are written, twice the

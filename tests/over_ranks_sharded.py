@@ -64,3 +64,143 @@ def test_hyperparameters_have_their_gradients(ranks, make, values, options):  # 
     found = together(mg.metagradient(*sharded(ranks, arguments), wrt_params=True))
     assert_agree(found, mg.metagradient(*arguments, wrt_params=True), rtol=1e-12)
     assert_agree(found, mg.check.unrolled(*arguments, wrt_params=True), rtol=1e-9)
+
+
+SCHEDULES = [mg.Binomial(1), mg.Binomial(2), mg.Binomial(3), mg.Tree(2), mg.Hierarchical(1, 2)]
+
+
+@pytest.mark.parametrize("options", [{"clip_norm": 0.1}, {"microbatch_size": 1}], ids=str)
+def test_schedules_and_stores_change_no_bit(ranks, tmp_path, options):  # noqa: F811
+    arguments = sharded(ranks, PLAIN["shared"](6).arguments(OPTIMIZERS["adamw"], **options))
+    expected = together(mg.metagradient(*arguments, schedule=mg.EveryStep(), wrt_params=True))
+    for number, schedule in enumerate(SCHEDULES):
+        store = mg.DiskStore(tmp_path / f"{number}") if isinstance(schedule, mg.Hierarchical) else None
+        found = mg.metagradient(*arguments, schedule=schedule, store=store, wrt_params=True)
+        assert_same_bits(together(found), expected)
+    store = mg.DiskStore(tmp_path / "all")
+    found = mg.metagradient(*arguments, schedule=mg.EveryStep(), store=store, wrt_params=True)
+    assert_same_bits(together(found), expected)
+
+
+@pytest.mark.parametrize("budget", [mg.Budget(ram=60_000), mg.Budget(ram=60_000, disk=1_000_000)], ids=str)
+def test_a_budget_gives_every_rank_the_same_schedule(ranks, tmp_path, budget):  # noqa: F811
+    arguments = sharded(ranks, PLAIN["shared"](6).arguments(OPTIMIZERS["adamw"]))
+    expected = together(mg.metagradient(*arguments, schedule=mg.EveryStep()))
+    store = mg.DiskStore(tmp_path / "states") if budget.disk else None
+    assert_same_bits(together(mg.metagradient(*arguments, schedule=budget, store=store)), expected)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_one_step_needs_no_hessian(ranks, name):  # noqa: F811
+    arguments = PLAIN[name](1).arguments(OPTIMIZERS["adam"])
+    assert_agree(mg.metagradient(*sharded(ranks, arguments)), mg.metagradient(*arguments), rtol=1e-12)
+
+
+def test_several_metrics_share_one_replay(ranks):  # noqa: F811
+    metric, *rest = PLAIN["mlp"](4).arguments(OPTIMIZERS["adamw"], clip_norm=0.1)
+    norm = mg.Trajectory({t: lambda state: state.params["b"].square().sum() for t in (0, 2, 4)})
+    arguments = [metric, norm, lambda state: state.params["c"].sum()], *rest
+    found = mg.metagradient(*sharded(ranks, arguments), wrt_params=True)
+    assert found.params["a"].placements == (Shard(1),)
+    assert_agree(together(found), mg.metagradient(*arguments, wrt_params=True), rtol=1e-12)
+
+
+@pytest.mark.parametrize("curvature", ["forward-over-reverse", "reverse-over-forward", "auto"])
+def test_every_order_of_modes(ranks, curvature):  # noqa: F811
+    arguments = PLAIN["mlp"](3).arguments(OPTIMIZERS["adamw"], curvature=curvature)
+    found = together(mg.metagradient(*sharded(ranks, arguments), wrt_params=True))
+    assert_agree(found, mg.check.unrolled(*PLAIN["mlp"](3).arguments(OPTIMIZERS["adamw"]), wrt_params=True), rtol=1e-9)
+
+
+def odd_shapes(state):
+    """A metric of the problem below."""
+    return state.params["scale"] * state.params["short"].square().sum() + state.params["bias"].cos().sum()
+
+
+@pytest.fixture
+def odd():
+    """A number, one row, no row at all, and as many rows as fit no number of ranks."""
+    draw = torch.Generator().manual_seed(3)
+    shapes = {"scale": (), "short": (1, 3), "none": (0, 2), "bias": (5,), "cube": (3, 2, 2)}
+    params = {name: torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+
+    def loss(p, batch):
+        hidden = torch.tanh(p["scale"] * batch["x"] @ p["short"].mT) + p["bias"]
+        return (hidden @ p["bias"].outer(p["cube"].flatten())).square().sum(1) + p["none"].sum()
+
+    x = torch.randn(6, 3, generator=draw)
+    batches = [{"x": x, "index": torch.arange(6)}] * 3
+    lr = torch.tensor(0.02)
+    step = mg.TrainStep(mg.weighted(loss), lambda meta: mg.optim.adamw(meta["lr"], weight_decay=0.1, **SMOOTH))
+    return odd_shapes, step, params, batches, {"weights": torch.rand(6, generator=draw), "lr": lr}
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 0.01}], ids=str)
+def test_numbers_and_parameters_with_fewer_rows_than_ranks(ranks, odd, options, tmp_path):  # noqa: F811
+    metric, step, *rest = odd
+    arguments = metric, replace(step, **options), *rest
+    found = mg.metagradient(*sharded(ranks, arguments), wrt_params=True, store=mg.DiskStore(tmp_path / "states"))
+    assert found.params["scale"].placements == (Replicate(),)
+    assert_agree(together(found), mg.metagradient(*arguments, wrt_params=True), rtol=1e-12)
+    assert_agree(together(found), mg.check.unrolled(*arguments, wrt_params=True), rtol=1e-9)
+
+
+def test_groups_are_made_of_whole_parameters(ranks):  # noqa: F811
+    def rule(name: str, tensor: Tensor) -> str:
+        return "small" if tensor.numel() <= 8 else "large"  # The rows of a large one may be small.
+
+    optimizer = mg.optim.groups(rule, {"small": mg.optim.sgd(0.3), "large": OPTIMIZERS["clipped"]})
+    arguments = PLAIN["mlp"](4).arguments(optimizer)
+    found = together(mg.metagradient(*sharded(ranks, arguments), wrt_params=True))
+    assert_agree(found, mg.metagradient(*arguments, wrt_params=True), rtol=1e-12)
+
+
+def test_a_result_is_divided_and_can_be_continued(ranks):  # noqa: F811
+    arguments = PLAIN["mlp"](4).arguments(OPTIMIZERS["adamw"])
+    metric, step, params, batches, meta = sharded(ranks, arguments)
+    first = mg.metagradient(metric, step, params, batches, meta)
+    assert all(isinstance(tensor, DTensor) for tensor in first.state.params.values())
+    assert sum(t.to_local().numel() for t in first.state.params.values()) < sum(t.numel() for t in params.values())
+    mean = first.state.optimizer.mean["a"]
+    assert mean.shape == params["a"].shape and mean.placements == (Shard(0),)
+    second = mg.metagradient(metric, step, first.state, batches, meta, wrt_params=True)
+    alone = mg.metagradient(*arguments)
+    expected = mg.metagradient(metric, arguments[1], alone.state, arguments[3], meta, wrt_params=True)
+    assert_agree(together(second), expected, rtol=1e-12)
+    for name, gradient in whole(second.optimizer.square).items():
+        assert relative_error(gradient, expected.optimizer.square[name]) <= 1e-12
+    # The same from whole tensors, which every rank cuts.
+    assert_agree(together(mg.metagradient(metric, step, alone.state, batches, meta, wrt_params=True)), expected, 1e-12)
+
+
+def test_a_checkpoint_of_torch_holds_the_result(ranks, tmp_path_factory):  # noqa: F811
+    from torch.distributed import checkpoint
+
+    folder = ranks.first(str(tmp_path_factory.mktemp("checkpoint")), "the folder")
+    state = mg.metagradient(*sharded(ranks, PLAIN["mlp"](2).arguments(OPTIMIZERS["sgd"]))).state
+    checkpoint.save({"params": state.params}, checkpoint_id=folder)
+    read = {name: torch.zeros(tensor.shape) for name, tensor in state.params.items()}
+    checkpoint.load({"params": read}, checkpoint_id=folder)
+    for name, tensor in whole(state.params).items():
+        assert torch.equal(read[name], tensor)
+
+
+def test_the_share_of_a_rank_falls_with_their_number(ranks):  # noqa: F811
+    draw = torch.Generator().manual_seed(0)
+    params = {"w": torch.randn(64, 64, generator=draw)}
+    batch = {"x": torch.randn(8, 64, generator=draw), "index": torch.arange(8)}
+    step = mg.TrainStep(mg.weighted(lambda p, b: (b["x"] @ p["w"]).square().sum(1)), OPTIMIZERS["adam"])
+    arguments = lambda state: state.params["w"].sum(), step, params, [batch] * 4, {"weights": torch.ones(8)}
+    result = mg.metagradient(*sharded(ranks, arguments), schedule=mg.EveryStep())
+    # Four states of parameters and two moments, and gradients with all but the last; counts and random states apart.
+    entries = 64 * 64 // ranks.num_ranks * 8
+    assert result.stats.ram_bytes <= entries * (4 * 3 + 4) + 4 * 12_000
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of compilers
+def test_compiled(ranks):  # noqa: F811
+    arguments = PLAIN["mlp"](3).arguments(OPTIMIZERS["adamw"], compile=True)
+    found = mg.metagradient(*sharded(ranks, arguments), wrt_params=True)
+    assert found.stats.curvature == "compiled"
+    expected = mg.check.unrolled(*PLAIN["mlp"](3).arguments(OPTIMIZERS["adamw"]), wrt_params=True)
+    assert_agree(together(found), expected, rtol=1e-9)
