@@ -102,7 +102,7 @@ def metagradient(
     start = perf_counter()
     if resume is not None and store is not None:
         raise ValueError("with `resume` the states are kept in its folder. Leave `store` out.")
-    if resume is not None and (of_ours := _train_step(step)) and of_ours.curvature == AUTO:
+    if resume is not None and (inner := _train_step(step)) and inner.curvature == AUTO:
         raise ValueError('with `resume` a run goes on as it began, and curvature="auto" goes by the clock. Name one.')
     meta, run = prepared(step, params, batches, meta, wrt_params, progress, allow_low_precision)
     objective = Objective.of(metric, len(batches), run.step.read)
@@ -136,7 +136,7 @@ def metagradient(
             outcome.reversed,
             perf_counter() - start,
             *outcome.bytes,
-            curvature=of_ours.derivatives.name if (of_ours := _train_step(step)) else None,
+            curvature=inner.derivatives.name if (inner := _train_step(step)) else None,
         ),
         optimizer=initial[1],
         buffers=initial[2],
@@ -188,7 +188,8 @@ def prepared(
     meta = detached(meta)
     initial = linear.init(params, meta)
     refuse_low_precision(initial, allow_low_precision)
-    ranks = step.ranks if isinstance(step, TrainStep) else None
+    inner = _train_step(step)
+    ranks = None if inner is None else inner.ranks
     return meta, Run(linear, initial, batches, meta, DEFAULT_SCHEDULE, wrt_params, progress, ranks)
 
 
@@ -214,16 +215,16 @@ def _scheduled(
     if isinstance(schedule, Schedule) and schedule.num_graphs > 1:
         if resume is not None:
             raise ValueError("graphs do not outlive a process, so with `resume` `num_graphs` must be 1. Leave it out.")
-        if (of_ours := _train_step(run.step)) and not of_ours.keeps_graph:
+        if (inner := _train_step(run.step)) and not inner.keeps_graph:
             raise ValueError(
                 f"`num_graphs` is {schedule.num_graphs}, but a step with micro-batches, a `curvature` or compile=True "
                 "keeps no graph. Leave one of the two out."
             )
     folder = store.folder if isinstance(store, DiskStore) else resume
     measured = measure(run, folder, trial) if measure_anyway or isinstance(schedule, Budget) else None
-    if measured is not None and (of_ours := _train_step(run.step)) and of_ours.ranks is not None:
+    if measured is not None and run.ranks is not None:
         # The largest of all ranks, which must come to one schedule.
-        measured = Measured(*map(max, zip(*of_ours.ranks.gathered(measured, "the cost of a step"), strict=True)))
+        measured = Measured(*map(max, zip(*run.ranks.gathered(measured, "the cost of a step"), strict=True)))
     if isinstance(schedule, Budget):
         assert measured is not None
         # A run's folder also holds the trained state, a bookmark, and, while new ones are written, twice the

@@ -198,7 +198,8 @@ class Ranks:
             return "the process that brings the ranks together has ended, which is rank 0's or the launcher's"
         if not silent:
             return "every rank is still there, but one did not take part in time"
-        return f"rank {' and rank '.join(silent)} {'has' if len(silent) == 1 else 'have'} ended or does not answer"
+        have = "has ended or does not answer" if len(silent) == 1 else "have ended or do not answer"
+        return f"rank {' and rank '.join(silent)} {have}"
 
 
 def _there(store: Any, key: str) -> bool:

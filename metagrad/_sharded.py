@@ -216,7 +216,9 @@ class ShardedLoss:
         params = self._whole(rows)
         pulled: list[Pulled] = []
         for gamma, slope in zip(gammas, slopes, strict=True):
-            summed = Slope(*self.ranks.sum(slope, f"the slope of step {self.loss.step}"))
+            # In one type: a rank whose γ is zero does not know that of the others.
+            parts = [part.double() for part in slope]
+            summed = Slope(*self.ranks.sum(parts, f"the slope of step {self.loss.step}"))
             new = self.loss.forward(params, meta, evaluated, [self._whole_gamma(rows, gamma)], [summed])
             if new is None:
                 return None

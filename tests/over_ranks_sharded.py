@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from agreement import assert_agree, assert_same_bits, relative_error
-from optimizers import BUILDERS, SMOOTH, by_shape
+from optimizers import BUILDERS, SMOOTH
 from over_ranks import OPTIONS, PLAIN, ranks  # noqa: F401  # a fixture
 from test_hyperparameters_have_gradients import NUM_STEPS, TABLE, constants
 from torch import Tensor
@@ -52,9 +52,7 @@ def test_gradients_are_those_of_one_process(ranks, name, optimizer, options):  #
 
 
 @pytest.mark.parametrize("options", [{}, {"microbatch_size": 1, "clip_norm": 0.3}], ids=str)
-@pytest.mark.parametrize(
-    "make, values", ELEMENTWISE, ids=[make.__name__ for make, _ in ELEMENTWISE]
-)
+@pytest.mark.parametrize("make, values", ELEMENTWISE, ids=[make.__name__ for make, _ in ELEMENTWISE])
 def test_hyperparameters_have_their_gradients(ranks, make, values, options):  # noqa: F811
     problem = PLAIN["mlp"](NUM_STEPS)
     meta = {**{name: torch.tensor(value) for name, value in values.items()}, **problem.meta}
@@ -204,3 +202,104 @@ def test_compiled(ranks):  # noqa: F811
     assert found.stats.curvature == "compiled"
     expected = mg.check.unrolled(*PLAIN["mlp"](3).arguments(OPTIMIZERS["adamw"]), wrt_params=True)
     assert_agree(together(found), expected, rtol=1e-9)
+
+
+def test_optimizers_that_see_whole_parameters_are_refused(ranks):  # noqa: F811
+    with_muon = mg.optim.groups(lambda name, tensor: name, {"a": OPTIMIZERS["adam"], "b": BUILDERS["muon"]()})
+    own = mg.optim.GradientTransformation(lambda params: (), lambda g, s, *, params=None, inplace=False: (g, s))
+    for optimizer in (BUILDERS["muon"](), BUILDERS["torchopt adam"](), with_muon, own, lambda meta: own):
+        arguments = sharded(ranks, PLAIN["mlp"](2).arguments(optimizer))
+        with pytest.raises(ValueError, match="the optimizer cannot be sharded"):
+            mg.metagradient(*arguments)
+    clipped = PLAIN["mlp"](2).arguments(BUILDERS["muon"](), clip_norm=1.0)
+    with pytest.raises(ValueError, match="the optimizer cannot be sharded"):
+        mg.metagradient(*sharded(ranks, clipped))
+
+
+def test_what_needs_a_whole_state_is_refused(ranks):  # noqa: F811
+    metric, step, params, batches, meta = arguments = sharded(ranks, PLAIN["mlp"](2).arguments(OPTIMIZERS["adam"]))
+    with pytest.raises(ValueError, match="the metric reads `state.optimizer`"):
+        mg.metagradient(lambda state: state.optimizer.mean["a"].sum(), *arguments[1:])
+    with pytest.raises(ValueError, match="the metric reads `state.optimizer`"):
+        mg.metagradient(lambda state: state.optimizer[1]["a"].sum(), *arguments[1:])
+    with pytest.raises(ValueError, match="Pass the step without `Sharded`"):
+        mg.train(step, params, batches, meta)
+    for check in (mg.check.unrolled, mg.check.finite_differences):
+        with pytest.raises(ValueError, match="a sharded step is run by mg.metagradient alone"):
+            check(*arguments)
+    with pytest.raises(ValueError, match="a sharded step is run by mg.metagradient alone"):
+        mg.check.determinism(*arguments[1:])
+    with pytest.raises(ValueError, match="without `ranks`"):
+        mg.distributed.Sharded(replace(step.step, ranks=None))
+    with pytest.raises(ValueError, match="`num_graphs` is 2"):
+        mg.metagradient(*arguments, schedule=mg.EveryStep(num_graphs=2))
+    with pytest.raises(ValueError, match="part of the optimizer state"):
+        state = mg.metagradient(metric, step, params, batches, meta).state
+        mg.metagradient(metric, step, state._replace(optimizer=()), batches, meta)
+
+
+def test_initial_parameters_that_differ_are_refused(ranks):  # noqa: F811
+    metric, step, params, batches, meta = sharded(ranks, PLAIN["mlp"](2).arguments(OPTIMIZERS["sgd"]))
+    own = {**params, "a": params["a"] + ranks.rank}
+    with pytest.raises(ValueError, match="the initial parameters.*differ between rank 0 and rank 1"):
+        mg.metagradient(metric, step, own, batches, meta)
+
+
+@pytest.fixture
+def with_a_zero(ranks):  # noqa: F811
+    """A loss of w in which only the last rank's rows meet a 0."""
+    start = torch.ones(4)
+    start[-1] = 0.0
+    batches = [{"x": torch.ones(ranks.num_ranks), "index": torch.arange(ranks.num_ranks)}] * 2
+    meta = {"weights": torch.ones(ranks.num_ranks)}
+
+    def arguments(power):
+        step = mg.TrainStep(mg.weighted(lambda p, b: b["x"] * (p["w"].abs() ** power).sum()), mg.optim.sgd(0.1))
+        return lambda state: state.params["w"].sum(), step, {"w": start}, batches, meta
+
+    return arguments
+
+
+def test_what_is_not_finite_on_one_rank_is_reported_by_all(ranks, with_a_zero):  # noqa: F811
+    """The square root has no gradient at 0, and the power 1.5 no second derivative."""
+    with pytest.raises(mg.NonFiniteError, match=r"gradient is not finite at step 0 in params\['w'\]"):
+        mg.metagradient(*sharded(ranks, root := with_a_zero(0.5)))
+    with pytest.raises(mg.NonFiniteError, match=r"cotangent is not finite at step 1 in state.params\['w'\]"):
+        mg.metagradient(*sharded(ranks, with_a_zero(1.5)))
+    metric = lambda state: state.params["w"].sqrt().sum()  # noqa: E731
+    with pytest.raises(mg.NonFiniteError, match=r"gradient of the metric is not finite in state.params\['w'\]"):
+        mg.metagradient(*sharded(ranks, (metric, with_a_zero(2)[1], *root[2:])))
+    metric, step, params, batches, meta = sharded(ranks, with_a_zero(2))
+    broken = [{**batches[0], "x": batches[0]["x"] * (torch.inf if ranks.rank == 1 else 1)}, batches[1]]
+    with pytest.raises(mg.NonFiniteError, match="step 0"):
+        mg.metagradient(metric, step, params, broken, meta)
+
+
+@pytest.mark.parametrize("schedule", [mg.EveryStep(), mg.Binomial(2)], ids=str)
+@pytest.mark.parametrize("when", ["forward", "metric", "reverse"])
+def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(ranks, tmp_path_factory, monkeypatch, when, schedule):  # noqa: F811
+    monkeypatch.setattr("metagrad._resume.PAUSE", 0)
+    folder = ranks.first(str(tmp_path_factory.mktemp("run")), "the folder") + "/run"
+    metric, step, params, batches, meta = sharded(ranks, PLAIN["shared"](6).arguments(OPTIMIZERS["adamw"]))
+    expected = together(mg.metagradient(metric, step, params, batches, meta, schedule=schedule, wrt_params=True))
+    calls = 0
+
+    def cut_off(params, batch, meta):
+        nonlocal calls
+        calls += 1
+        if calls == {"forward": 5, "metric": -1, "reverse": 11}[when]:
+            raise KeyboardInterrupt
+        return step.step.loss(params, batch, meta)
+
+    def failing(state):
+        if when == "metric" and state.step == 6:
+            raise KeyboardInterrupt
+        return metric(state)
+
+    dying = replace(step, step=replace(step.step, loss=cut_off))
+    options = {"schedule": schedule, "wrt_params": True, "resume": folder}
+    with pytest.raises(KeyboardInterrupt):
+        mg.metagradient(failing, dying, params, batches, meta, **options)
+    result = mg.metagradient(metric, step, params, batches, meta, **options)
+    assert result.stats.forward + result.stats.replayed < 6 or schedule != mg.EveryStep()
+    assert_same_bits(together(result), expected)
