@@ -12,6 +12,7 @@ from metagrad._agreement import disagreement
 from metagrad._buffers import refuse_unseen_changes
 from metagrad._derivatives import Derivatives, gradient_at
 from metagrad._evaluation import Evaluation, Point
+from metagrad._exchange import sums_of_rows
 from metagrad._forward import Contribution, Slope, pull_forward
 from metagrad._loss import cut, refuse_non_finite_losses
 from metagrad._modes import Cotangents, Pulled
@@ -212,7 +213,7 @@ class BatchLoss:
         what = f"{what} of step {self.step}"
         if not self.sharded:
             return ranks.sum(total, what)
-        return [ranks.sum_of_rows(total.pop(0), what) for _ in range(len(total))]  # Each is gone with its sum.
+        return sums_of_rows(total, ranks, what)
 
     def _summed(self, totals: list[Pulled], ranks: Ranks) -> list[Pulled]:
         """The sum over the ranks, of all metrics at once."""

@@ -70,48 +70,25 @@ class Ranks:
                 found[i] = piece.view(found[i].shape)
         return found
 
-    def rows(self, whole: Tensor, rank: int) -> Tensor:
-        """The part of a rank of a tensor that is divided: rows along the first axis, as `torch.chunk` cuts them.
-
-        The last ranks may have none. A tensor of shape () counts as one row.
-        """
-        table = whole if whole.ndim else whole.reshape(1)
-        size = -(-len(table) // self.num_ranks)
-        return table[rank * size : (rank + 1) * size]
-
-    def whole(self, own: Tensor, shape: Sequence[int], what: str) -> Tensor:
-        """The tensor of which each rank has its `rows`.
+    def broadcast(self, tensor: Tensor, rank: int, what: str) -> None:
+        """Write what a rank has to the same tensor of all others.
 
         Raises:
             RankError: as `sum` does.
         """
-        whole = own.new_empty(shape)
-        with self._answering(what):
-            # Broadcasts, into the place where the rows belong: no copy beside them, and parts of any size.
-            for rank in range(self.num_ranks):
-                part = self.rows(whole, rank)
-                if rank == self.rank:
-                    part.copy_(own.detach())
-                if part.numel():
-                    dist.broadcast(part, group=self.group, group_src=rank)
-        return whole
+        if tensor.numel():
+            with self._answering(what):
+                dist.broadcast(tensor, group=self.group, group_src=rank)
 
-    def sum_of_rows(self, whole: Tensor, what: str) -> Tensor:
-        """This rank's `rows` of the sum over the ranks.
+    def reduce(self, tensor: Tensor, rank: int, what: str) -> None:
+        """Write the sum over the ranks to the tensor of one of them, and anything to those of the others.
 
         Raises:
             RankError: as `sum` does.
         """
-        own = self.rows(whole, self.rank)
-        with self._answering(what):
-            for rank in range(self.num_ranks):
-                # Copied: what is not the receiver's is written over, and a gradient may share memory with anything.
-                part = self.rows(whole, rank).detach().clone(memory_format=torch.contiguous_format)
-                if part.numel():
-                    dist.reduce(part, group=self.group, group_dst=rank)
-                if rank == self.rank:
-                    own = part
-        return own
+        if tensor.numel():
+            with self._answering(what):
+                dist.reduce(tensor, group=self.group, group_dst=rank)
 
     def marks(self, tensors: Sequence[Tensor], what: str) -> list[Tensor]:
         """For each tensor a 0, and a NaN where it holds a NaN or an infinity on any rank: the same on each."""

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from metagrad._exchange import gathered, rows
 from metagrad._ranks import Ranks
 from metagrad._tree import map_tensors, with_floating_leaves
 from metagrad._types import NonFiniteError, Params, State, Tree
@@ -34,7 +35,7 @@ def own_rows(tensor: Tensor, ranks: Ranks) -> Tensor:
         if _is_ours(given, ranks):
             return torch.clone(given.to_local(), memory_format=torch.contiguous_format)
         tensor = given.full_tensor()
-    return ranks.rows(tensor.detach(), ranks.rank).clone(memory_format=torch.contiguous_format)
+    return rows(tensor.detach(), ranks.rank, ranks.num_ranks).clone(memory_format=torch.contiguous_format)
 
 
 def given_whole(tree: Tree) -> Tree:
@@ -45,10 +46,12 @@ def given_whole(tree: Tree) -> Tree:
 def seen_by_a_metric(state: State, ranks: Ranks) -> State:
     """`state` with whole parameters, whose graph leads to the rows; its optimizer's state stays divided."""
     shapes = state.optimizer.shapes
+    own = list(state.params.values())
+    whole = gathered(own, [shapes[name] for name in state.params], ranks, "the parameters for the metric")
     with torch.enable_grad():
         params = {
-            name: _Whole.apply(own, ranks, shapes[name], f"params[{name!r}]")  # type: ignore[no-untyped-call]
-            for name, own in state.params.items()
+            name: _Whole.apply(part, ranks, made, f"params[{name!r}]")  # type: ignore[no-untyped-call]
+            for (name, part), made in zip(state.params.items(), whole, strict=True)
         }
     return state._replace(params=params, optimizer=OutOfSight())
 
@@ -73,9 +76,9 @@ class _Whole(torch.autograd.Function):
     """This rank's rows ↦ the whole tensor, of which each rank computes the same; back, the rows of the cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, ranks: Ranks, shape: tuple[int, ...], name: str) -> Tensor:
+    def forward(ctx: Any, own: Tensor, ranks: Ranks, whole: Tensor, name: str) -> Tensor:
         ctx.ranks, ctx.name = ranks, name
-        return ranks.whole(own, shape, f"{name} for the metric")
+        return whole
 
     @staticmethod
     @once_differentiable
@@ -86,7 +89,7 @@ class _Whole(torch.autograd.Function):
         return own_rows(cotangent, ctx.ranks), None, None, None
 
 
-class _Gathered(torch.autograd.Function):
+class _OfEach(torch.autograd.Function):
     """A number of each rank ↦ those of all ranks, of which each may make something else."""
 
     @staticmethod
@@ -102,9 +105,9 @@ class _Gathered(torch.autograd.Function):
         return ctx.ranks.sum([cotangent], "the norm of the gradient")[0][ctx.ranks.rank], None
 
 
-def gathered(number: Tensor, ranks: Ranks) -> Tensor:
+def of_each(number: Tensor, ranks: Ranks) -> Tensor:
     """The numbers of all ranks, differentiable."""
-    numbers: Tensor = _Gathered.apply(number, ranks)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
+    numbers: Tensor = _OfEach.apply(number, ranks)  # type: ignore[no-untyped-call]  # torch leaves `apply` untyped
     return numbers
 
 
@@ -135,8 +138,8 @@ def _distributed(own: Tensor, shape: tuple[int, ...], leading: tuple[int, ...], 
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     if not shape:  # A number has no axis to be divided along.
-        rows = own.movedim(-1, 0) if leading else own
-        whole = ranks.whole(rows, (1, *leading), "a parameter of shape ()").reshape(leading)
+        row = own.movedim(-1, 0) if leading else own
+        whole = gathered([row], [(1, *leading)], ranks, "a parameter of shape ()")[0].reshape(leading)
         return DTensor.from_local(whole, mesh, [Replicate()], run_check=False)
     like = torch.empty((*leading, *shape), device="meta")
     place = Shard(len(leading))
@@ -164,6 +167,6 @@ def cut(tree: Tree, ranks: Ranks) -> Tree:
     return map_tensors(lambda leaf: own_rows(leaf, ranks) if leaf.is_floating_point() else leaf.detach().clone(), tree)
 
 
-def like_whole(rows: Params, shapes: Shapes) -> Params:
+def like_whole(params: Params, shapes: Shapes) -> Params:
     """What whole parameters are, without their values: tensors of torch's meta device."""
-    return {name: torch.empty(shapes[name], dtype=own.dtype, device="meta") for name, own in rows.items()}
+    return {name: torch.empty(shapes[name], dtype=own.dtype, device="meta") for name, own in params.items()}

@@ -7,10 +7,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from metagrad._batch import BatchLoss, Evaluated, Start
-from metagrad._forward import Slope
+from metagrad._batch import Evaluated, Start
 from metagrad._initial import trainable
-from metagrad._modes import Cotangents, Pulled
 from metagrad._pullback import StepPullback
 from metagrad._random import seeded
 from metagrad._ranks import Ranks
@@ -21,15 +19,16 @@ from metagrad._rows import (
     Shapes,
     cut,
     distributed,
-    gathered,
     given_whole,
     like_whole,
+    of_each,
     own_rows,
     seen_by_a_metric,
 )
+from metagrad._sharded_loss import ShardedLoss
 from metagrad._step import TrainStep, updated
 from metagrad._transformation import Divided, Given, Made, Transformation
-from metagrad._tree import detached, differentiable, fresh, independent, tensor_leaves
+from metagrad._tree import detached, differentiable, fresh, independent
 from metagrad._types import Batches, Params, Pull, Pullback, State, Tree
 from metagrad._witness import digests
 
@@ -159,13 +158,13 @@ class Sharded:
         """`part` in torch's distributed tensors."""
         return distributed(part, self.ranks, num_metrics)
 
-    def _loss_of(self, batch: Tree, step: int, shapes: Shapes) -> "ShardedLoss":
+    def _loss_of(self, batch: Tree, step: int, shapes: Shapes) -> ShardedLoss:
         return ShardedLoss(self.step.loss_of(batch, step, sharded=True), self.ranks, shapes)
 
     def _transformation(self, meta: Tree, rows: Params, shapes: Shapes) -> Transformation:
         on_rows = self.step.transformation(meta).on_rows
         assert on_rows is not None  # `validate` has seen to it.
-        own = on_rows(Divided(like_whole(rows, shapes), lambda number: gathered(number, self.ranks)))
+        own = on_rows(Divided(like_whole(rows, shapes), lambda number: of_each(number, self.ranks)))
 
         def pull(given: Given, cotangent: Made, meta: Sequence[Tensor], wrt_state: bool) -> tuple[Given, list[Tensor]]:
             back, to_meta = own.pull(given, cotangent, meta, wrt_state)
@@ -180,65 +179,6 @@ class Sharded:
         marks = self.ranks.marks([*to_state, *pulled.meta], f"the cotangents of step {state.step}")
         of_state = None if pulled.state is None else marks[: len(to_state)]
         check_finite(state, meta, Pullback(of_state, marks[len(to_state) :]))
-
-
-@dataclass(frozen=True)
-class ShardedLoss:
-    """The mean loss of a batch as a function of rows of the parameters, which are gathered while it is differentiated.
-
-    Attributes:
-        loss: of whole parameters; of its gradients each rank has rows.
-    """
-
-    loss: BatchLoss
-    ranks: Ranks
-    shapes: Shapes
-
-    def gradient(self, rows: Params, start: Start, meta: Tree) -> Evaluated:
-        """This rank's rows of ∇_θ, without a graph."""
-        return self.loss.gradient(self._whole(rows), start, meta, keep_graph=False)
-
-    def pull(
-        self, rows: Params, meta: Tree, evaluated: Evaluated, gammas: Cotangents, ends: Cotangents, wrt_params: bool
-    ) -> list[Pulled]:
-        """Rows of Hγ, and the rest whole, for rows of each γ; one after the other, for γ and Hγ are whole meanwhile."""
-        params = self._whole(rows)
-        pulled = []
-        for gamma, end in zip(gammas, ends, strict=True):
-            whole = self._whole_gamma(rows, gamma)
-            pulled += self.loss.pull(params, meta, evaluated, [whole], [end], wrt_params)
-        return pulled
-
-    def forward(
-        self, rows: Params, meta: Tree, evaluated: Evaluated, gammas: Cotangents, slopes: Sequence[Slope]
-    ) -> list[Pulled] | None:
-        """eq. 6 alone, for rows of each γ and this rank's part of each slope."""
-        params = self._whole(rows)
-        pulled: list[Pulled] = []
-        for gamma, slope in zip(gammas, slopes, strict=True):
-            # In one type: a rank whose γ is zero does not know that of the others.
-            parts = [part.double() for part in slope]
-            summed = Slope(*self.ranks.sum(parts, f"the slope of step {self.loss.step}"))
-            new = self.loss.forward(params, meta, evaluated, [self._whole_gamma(rows, gamma)], [summed])
-            if new is None:
-                return None
-            pulled += new
-        return pulled
-
-    def _whole(self, rows: Params) -> Params:
-        what = f"the parameters of step {self.loss.step}"
-        return {name: self.ranks.whole(own, self.shapes[name], what) for name, own in rows.items()}
-
-    def _whole_gamma(self, rows: Params, gamma: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """γ whole; None where all ranks have zeros."""
-        what = f"the cotangent of the gradient of step {self.loss.step}"
-        device = tensor_leaves(rows)[0].device
-        given = torch.tensor([own is not None for own in gamma], dtype=torch.int64, device=device)
-        counts = self.ranks.sum([given], what)[0].tolist()
-        return [
-            self.ranks.whole(torch.zeros_like(like) if own is None else own, self.shapes[name], what) if count else None
-            for (name, like), own, count in zip(rows.items(), gamma, counts, strict=True)
-        ]
 
 
 def _opened(state: State) -> tuple[State, Shapes]:
