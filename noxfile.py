@@ -56,8 +56,9 @@ def exactness(session: nox.Session, step: str) -> None:
 def ranks(session: nox.Session, num_ranks: int) -> None:
     """The tests of runs over several processes, in as many."""
     session.install(*CONSTRAINTS, "-e", ".[test]")
-    command = ["torchrun", "--nproc-per-node", str(num_ranks), "--module", "pytest", "tests/over_ranks.py"]
-    session.run(*command, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    command = ["torchrun", "--nproc-per-node", str(num_ranks), "--module", "pytest"]
+    for file in "tests/over_ranks.py", "tests/over_ranks_sharded.py":
+        session.run(*command, file, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session
