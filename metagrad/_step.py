@@ -32,6 +32,8 @@ Optimizer: TypeAlias = GradientTransformation | Callable[[Tree], GradientTransfo
 class TrainStep:
     """Mean loss of a batch, its gradient, clipping, the optimizer's update: one pure step.
 
+    Attention runs on torch's math kernel: the fused ones have no second derivative.
+
     Args:
         loss: `loss(params, batch, meta)` → one loss per example, of which the step takes the mean over the whole
             batch, or one scalar.
@@ -58,9 +60,6 @@ class TrainStep:
 
     Raises:
         ValueError: for a `microbatch_size` or a `clip_norm` that is not positive.
-
-    Note:
-        Attention runs on torch's math kernel: the fused ones have no second derivative.
     """
 
     loss: Loss
