@@ -57,8 +57,8 @@ def ranks(session: nox.Session, num_ranks: int) -> None:
     """The tests of runs over several processes, in as many."""
     session.install(*CONSTRAINTS, "-e", ".[test]")
     command = ["torchrun", "--nproc-per-node", str(num_ranks), "--module", "pytest"]
-    for file in "tests/over_ranks.py", "tests/over_ranks_sharded.py":
-        session.run(*command, file, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    for file in "over_ranks", "over_ranks_sharded", "over_ranks_recut":
+        session.run(*command, f"tests/{file}.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -131,7 +131,7 @@ class RunFolder:
     def reversed(self, progress: Progress) -> None:
         """Now and then, and at the end: the cotangents and the gradients so far."""
         if progress.step == 0 or self._due():
-            self._write("reverse", progress.step, _as_tensors(progress))
+            self._write("reverse", progress.step, as_tensors(progress))
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -192,7 +192,7 @@ def _read_witness(paths: dict[int, Path], initial: State) -> Witness:
     return Witness.of(read_tree(path, Blueprint.of(torch.empty(shape, dtype=torch.int64))))
 
 
-def _as_tensors(progress: Progress) -> Tree:
+def as_tensors(progress: Progress) -> Tree:
     """What a file of `progress` holds: values in float64, and NaN, which no metric may be, for one not yet met."""
     values = [torch.tensor(nan if v is None else float(v), dtype=torch.float64) for v in progress.values]
     return (values, progress.carried or [], progress.totals)
@@ -203,6 +203,6 @@ def _read_progress(paths: dict[int, Path], like: Progress, wrt_params: bool) -> 
         return None
     (step, path), *_ = paths.items()
     carried = None if step == 0 and not wrt_params else like.carried
-    values, carried, totals = read_tree(path, Blueprint.of(_as_tensors(like._replace(carried=carried))))
+    values, carried, totals = read_tree(path, Blueprint.of(as_tensors(like._replace(carried=carried))))
     known = [None if bool(v.isnan()) or w is None else v.to(w) for v, w in zip(values, like.values, strict=True)]
     return Progress(step, known, carried or None, totals)

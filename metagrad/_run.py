@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,10 @@ from metagrad._disk import DiskStore
 from metagrad._fingerprint import fingerprint
 from metagrad._plan import Plan, Save
 from metagrad._ranks import Ranks
+from metagrad._recut import recut
 from metagrad._replay import Progress, Replay, Terms
-from metagrad._resume import RunFolder
+from metagrad._resume import RunFolder, as_tensors
+from metagrad._rows import Memory
 from metagrad._schedule import Schedule
 from metagrad._store import Bytes, Kept, RamStore, Store, TieredStore
 from metagrad._tree import describe, floating_leaves
@@ -71,6 +74,8 @@ class Run:
         """
         prints = fingerprint(self.initial, self.batches, self.meta, marks, self.wrt_params)
         begun = self._nothing_reversed(trial)
+        if self.ranks is not None and isinstance(self.initial.optimizer, Memory):
+            recut(Path(folder), prints, self.initial, as_tensors(begun), self.wrt_params, self.ranks)
         journal = RunFolder(folder, prints, self.initial, begun, self.wrt_params, self.ranks)
         try:
             with _closing(journal.store):

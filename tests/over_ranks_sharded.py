@@ -5,6 +5,7 @@
 `tests/test_ranks_are_one_process.py` does that, also with 4.
 """
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from optimizers import BUILDERS, SMOOTH
 from over_ranks import OPTIONS, PLAIN, ranks  # noqa: F401  # a fixture
 from test_hyperparameters_have_gradients import NUM_STEPS, TABLE, constants
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import metagrad as mg
@@ -171,6 +173,25 @@ def test_a_result_is_divided_and_can_be_continued(ranks):  # noqa: F811
     assert_agree(together(mg.metagradient(metric, step, alone.state, batches, meta, wrt_params=True)), expected, 1e-12)
 
 
+def test_parameters_of_fsdp_are_taken_as_they_are(ranks):  # noqa: F811
+    from torch.distributed.fsdp import fully_shard
+
+    problem = PLAIN["shared"](4)
+    arguments = problem.arguments(OPTIMIZERS["adamw"])
+    model = fully_shard(deepcopy(problem.params), mesh=init_device_mesh("cpu", (ranks.num_ranks,)))
+    params = dict(model.named_parameters())
+    assert all(isinstance(tensor, DTensor) for tensor in params.values())
+    metric, step, _, batches, meta = sharded(ranks, arguments)
+    expected = mg.metagradient(*arguments, wrt_params=True)
+    for given in (params, model):
+        found = mg.metagradient(metric, step, given, batches, meta, wrt_params=True)
+        assert_agree(together(found), expected, rtol=1e-12)
+    # Divided in another way they are put together first.
+    other = {name: tensor.redistribute(placements=[Replicate()]) for name, tensor in params.items()}
+    found = mg.metagradient(metric, step, other, batches, meta, wrt_params=True)
+    assert_agree(together(found), expected, rtol=1e-12)
+
+
 def test_a_checkpoint_of_torch_holds_the_result(ranks, tmp_path_factory):  # noqa: F811
     from torch.distributed import checkpoint
 
@@ -273,33 +294,3 @@ def test_what_is_not_finite_on_one_rank_is_reported_by_all(ranks, with_a_zero): 
     broken = [{**batches[0], "x": batches[0]["x"] * (torch.inf if ranks.rank == 1 else 1)}, batches[1]]
     with pytest.raises(mg.NonFiniteError, match="step 0"):
         mg.metagradient(metric, step, params, broken, meta)
-
-
-@pytest.mark.parametrize("schedule", [mg.EveryStep(), mg.Binomial(2)], ids=str)
-@pytest.mark.parametrize("when", ["forward", "metric", "reverse"])
-def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(ranks, tmp_path_factory, monkeypatch, when, schedule):  # noqa: F811
-    monkeypatch.setattr("metagrad._resume.PAUSE", 0)
-    folder = ranks.first(str(tmp_path_factory.mktemp("run")), "the folder") + "/run"
-    metric, step, params, batches, meta = sharded(ranks, PLAIN["shared"](6).arguments(OPTIMIZERS["adamw"]))
-    expected = together(mg.metagradient(metric, step, params, batches, meta, schedule=schedule, wrt_params=True))
-    calls = 0
-
-    def cut_off(params, batch, meta):
-        nonlocal calls
-        calls += 1
-        if calls == {"forward": 5, "metric": -1, "reverse": 11}[when]:
-            raise KeyboardInterrupt
-        return step.step.loss(params, batch, meta)
-
-    def failing(state):
-        if when == "metric" and state.step == 6:
-            raise KeyboardInterrupt
-        return metric(state)
-
-    dying = replace(step, step=replace(step.step, loss=cut_off))
-    options = {"schedule": schedule, "wrt_params": True, "resume": folder}
-    with pytest.raises(KeyboardInterrupt):
-        mg.metagradient(failing, dying, params, batches, meta, **options)
-    result = mg.metagradient(metric, step, params, batches, meta, **options)
-    assert result.stats.forward + result.stats.replayed < 6 or schedule != mg.EveryStep()
-    assert_same_bits(together(result), expected)

@@ -30,6 +30,8 @@ KINDS = [(2, False), (3, False), (3, True)]  # numbers of ranks, and whether the
         ("over_ranks.py", 4, "mlp or not gradients"),
         ("over_ranks_sharded.py", 2, "mlp or not gradients"),
         ("over_ranks_sharded.py", 4, "(mlp and adamw) or not gradients"),
+        ("over_ranks_recut.py", 2, ""),
+        ("over_ranks_recut.py", 4, ""),
     ],
 )
 def test_the_exactness_table(file, num_ranks, chosen):
