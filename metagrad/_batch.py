@@ -21,7 +21,8 @@ from metagrad._ranks import Ranks
 from metagrad._refusals import refuse_non_finite_gradient
 from metagrad._reverse import nonzero
 from metagrad._tree import add, floating_leaves, grouped, joined, tensor_leaves
-from metagrad._types import Loss, Params, Tree
+from metagrad._types import Loss, NonFiniteError, Params, Tree
+from metagrad._witness import digests
 
 
 class Start(NamedTuple):
@@ -84,8 +85,10 @@ class BatchLoss:
             total = add(total, new) if total else new
             seen.append(losses)
         drew = not all(map(torch.equal, starts[0].rng, end.rng))
+        num_wrong = 0
         if self.ranks is not None:
-            end = Start(self._same_buffers(start.buffers, end.buffers), common)
+            num_wrong = self.ranks.count(sum(int((~torch.isfinite(x)).sum()) for x in seen), total[0].device)
+            end = Start(self._same_buffers(start.buffers, end.buffers, self.ranks), common)
             # Before anything is refused: the ranks refuse together, and nobody waits for one that has stopped.
             total = self._over_ranks(total, self.ranks, "the gradient")
         marks = total
@@ -93,6 +96,8 @@ class BatchLoss:
             marks = self.ranks.marks(total, f"the gradient of step {self.step}")
         for losses in seen:
             refuse_non_finite_losses(losses, self.step)
+        if num_wrong > 0:
+            raise NonFiniteError(f"the training loss is not finite at step {self.step} on another rank.")
         refuse_non_finite_gradient(params, marks, self.step)
         evaluated = Evaluated(total, starts, end, drew)
         if self.reverse_microbatch_size is not None and self.step == 0:
@@ -198,14 +203,16 @@ class BatchLoss:
             for piece in pieces
         ]
 
-    def _same_buffers(self, before: Params, after: Params) -> Params:
-        """`after`, which no rank's examples may have changed."""
+    def _same_buffers(self, before: Params, after: Params, ranks: Ranks) -> Params:
+        """`after`, which no rank's examples may have changed, and what counts steps alike on all."""
         for name, buffer in before.items():
             if buffer.is_floating_point() and not torch.equal(buffer, after[name]):
                 raise ValueError(
                     f"the loss changes buffer {name!r} by the examples that it sees, of which every rank has others. "
                     "Use a norm without running statistics (layer or group norm), or put the module in eval mode."
                 )
+        if any(not buffer.is_floating_point() for buffer in before.values()):
+            ranks.refuse_different(f"the buffers after step {self.step}", after, digests)
         return after
 
     def _over_ranks(self, total: list[Tensor], ranks: Ranks, what: str) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from metagrad._files import REMEDY, could_not_write, sync_folder
@@ -76,3 +77,18 @@ def of_rank(folder: Path, ranks: Ranks) -> Path:
             "sums are rounded differently. Start as many, or name another folder."
         )
     return folder / f"rank-{ranks.rank}{ending}"
+
+
+def refuse_missing_files(folder: Path, of_ranks: Sequence[Mapping[str, set[int]]]) -> None:
+    """Raise where one rank has nothing and another has come so far that all must have had something.
+
+    Raises:
+        ResumeError: naming both. To go on would delete what the other has.
+    """
+    empty = [rank for rank, found in enumerate(of_ranks) if not any(found.values())]
+    far = [rank for rank, found in enumerate(of_ranks) if found.get("final") or found.get("reverse")]
+    if empty and far:
+        raise ResumeError(
+            f"rank {empty[0]} has no files of this run in the `resume` it names, and rank {far[0]} has in {folder}. "
+            "Name the same folder on every rank, and bring back what is lost; or delete all to start again."
+        )

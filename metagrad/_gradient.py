@@ -2,12 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from time import perf_counter
 
 import torch
 from torch import Tensor, nn
 
+from metagrad._alike import alike, refuse_shared_folder, refuse_unequal
 from metagrad._choice import AUTO
 from metagrad._custom import as_linear
 from metagrad._disk import DiskStore
@@ -15,6 +17,7 @@ from metagrad._estimate import Budget, Estimate, Measured, estimated, measure, w
 from metagrad._metric import Objective, Trajectory
 from metagrad._precision import refuse_low_precision
 from metagrad._refusals import refuse_unknown_leaves
+from metagrad._replay import Terms
 from metagrad._run import Run, fitting_store
 from metagrad._schedule import Binomial, Schedule
 from metagrad._sharded import Sharded
@@ -108,13 +111,21 @@ def metagradient(
     objective = Objective.of(metric, len(batches), run.step.read)
     # Before training, whose work would be lost; a single step costs no more than to try.
     once = len(batches) == 1 and isinstance(schedule, Schedule) and resume is None
-    trial = [] if once else objective.try_on(run.initial)
-    run = _scheduled(run, schedule, store, resume, trial)[0]
-    if resume is None:
-        trial = []  # As large as a state, and of no more use.
-        outcome = run.at_once(objective.at, store)
-    else:
-        outcome = run.in_folder(objective.at, resume, trial, objective.marks(run.initial))
+    terms: Terms = objective.at
+    if run.ranks is not None:
+        settings = {"the number of metrics": len(objective.terms), "`schedule`": repr(schedule)}
+        settings |= {"`wrt_params`": wrt_params, "whether there is a `resume`": resume is not None}
+        refuse_unequal(run.ranks, settings)
+        refuse_shared_folder(run.ranks, store)
+        terms = alike(run.ranks, objective, len(batches), whole=isinstance(step, TrainStep))
+    with nullcontext() if run.ranks is None else run.ranks.failing_aloud():
+        trial = [] if once else objective.try_on(run.initial)
+        run = _scheduled(run, schedule, store, resume, trial)[0]
+        if resume is None:
+            trial = []  # As large as a state, and of no more use.
+            outcome = run.at_once(terms, store)
+        else:
+            outcome = run.in_folder(terms, resume, trial, objective.marks(run.initial))
     done, parts = outcome.done, differentiable(run.initial)
     values = [value for value in done.values if value is not None]
     initial = [None, None, None]

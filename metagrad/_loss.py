@@ -118,8 +118,8 @@ def mean_share(losses: Tensor, num_examples: int | None, num_total: int | None) 
     """
     if num_examples is not None and losses.ndim == 0:
         raise ValueError(
-            "the loss is a scalar, so its batch cannot be cut, but `microbatch_size` was given. Return one loss per "
-            "example, or pass microbatch_size=None."
+            "the loss is a scalar, so its batch cannot be cut, as `microbatch_size` or several ranks ask for. "
+            "Return one loss per example, or leave them out."
         )
     if losses.ndim > 1 or losses.numel() == 0 or num_examples not in (None, losses.numel()):
         expected = "(examples,)" if num_examples is None else f"({num_examples},)"

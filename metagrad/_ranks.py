@@ -2,9 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from metagrad._types import Batches, Params, RankError, Tree
 Answer = TypeVar("Answer")
 GRACE = 5.0
 """Seconds for which the others are given time to say that they are still there, when a collective has failed."""
+_runs_that_failed = count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +150,19 @@ class Ranks:
                 "one seed, or broadcast them. Only the batches differ."
             )
 
+    @contextmanager
+    def failing_aloud(self) -> Iterator[None]:
+        """An error in here is told to the others, who would wait for this rank."""
+        try:
+            yield
+        except RankError:
+            raise
+        except Exception as error:
+            with suppress(RuntimeError, ValueError):
+                key = f"metagrad/failed/{next(_runs_that_failed)}/{self.rank}"
+                dist.distributed_c10d._get_default_store().set(key, f"{type(error).__name__}: {error}")
+            raise
+
     def own_random(self, rng: tuple[Tensor, ...], params: Params) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Random numbers of this rank's own, and the state that all ranks have in common afterwards."""
         with drawing(rng, params) as after:
@@ -165,11 +180,15 @@ class Ranks:
 
     def _missing(self) -> str:
         """Who does not say that it is still there."""
-        name = "metagrad/alive/{}".format
+        number = next(_runs_that_failed)
+        name, failed = f"metagrad/alive/{number}/{{}}".format, f"metagrad/failed/{number}/{{}}".format
         try:
             store = dist.distributed_c10d._get_default_store()
             store.set(name(self.rank), str(os.getpid()))
             store.set_timeout(timedelta(seconds=GRACE))
+            for rank in range(self.num_ranks):
+                if store.check([failed(rank)]):
+                    return f"rank {rank} failed with {store.get(failed(rank)).decode()}"
             silent = [str(rank) for rank in range(self.num_ranks) if not _there(store, name(rank))]
         except (RuntimeError, ValueError):  # The process that held it is gone.
             return "the process that brings the ranks together has ended, which is rank 0's or the launcher's"

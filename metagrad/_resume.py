@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from metagrad._claim import claim, locked, of_rank
+from metagrad._claim import claim, locked, of_rank, refuse_missing_files
 from metagrad._disk import DiskStore
 from metagrad._files import REMEDY, Blueprint, read_tree, write_tree
 from metagrad._fingerprint import Fingerprint
@@ -65,13 +65,17 @@ class RunFolder:
         ranks: Ranks | None = None,
     ) -> None:
         self._ranks = ranks
-        self.folder = Path(folder) if ranks is None else of_rank(Path(folder), ranks)
+        self.folder = Path(folder)
+        if ranks is not None:
+            self.folder = ranks.agreed(lambda: of_rank(Path(folder), ranks), f"the folder {folder}")
         self._lock: int | None = None
         try:
             self._together(lambda: self._open(fingerprint))
             found = self._together(lambda: _files_by_kind(self.folder))
             if ranks is not None:
-                _keep_common(found, ranks.gathered({kind: set(paths) for kind, paths in found.items()}, str(folder)))
+                of_ranks = ranks.gathered({kind: set(paths) for kind, paths in found.items()}, str(folder))
+                refuse_missing_files(self.folder.parent, of_ranks)
+                _keep_common(found, of_ranks)
             _keep_newest(found)
             self._together(lambda: self._read(found, initial, like, wrt_params))
         except BaseException:

@@ -156,7 +156,7 @@ class TrainStep:
         if self.ranks is not None:
             raise ValueError(
                 "a step of several ranks keeps no graph. Call it under torch.no_grad(), or differentiate the run by "
-                "mg.metagradient or mg.train."
+                "mg.metagradient or mg.train; mg.check.unrolled wants the step of one process, without `ranks`."
             )
         # What has a graph keeps it; the other parameters become leaves of this step alone.
         params = {n: p if p.requires_grad else p.detach().requires_grad_() for n, p in state.params.items()}

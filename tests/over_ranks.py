@@ -5,6 +5,7 @@
 `tests/test_ranks_are_one_process.py` does that.
 """
 
+import tempfile
 from dataclasses import replace
 from tempfile import TemporaryDirectory
 
@@ -124,6 +125,86 @@ def test_what_differs_between_ranks_is_refused(ranks):
     fewer = [batches[t] for t in range(1 if ranks.rank == 1 else 2)]
     with pytest.raises(ValueError, match="batches. Give each its part"):
         mg.metagradient(metric, step, params, fewer, meta)
+
+
+@pytest.mark.parametrize("name", ["metrics", "wrt_params", "schedule", "resume"])
+def test_settings_that_differ_are_refused(ranks, name, tmp_path):
+    metric, *others = over(ranks, PROBLEMS["mlp"](2).arguments(OPTIMIZERS["sgd"]))
+    first = ranks.rank == 0
+    options = {
+        "metrics": {},
+        "wrt_params": {"wrt_params": first},
+        "schedule": {"schedule": mg.Binomial(1 if first else 2)},
+        "resume": {"resume": tmp_path if first else None},
+    }[name]
+    with pytest.raises(ValueError, match="on rank 0 and .* on rank 1. Pass the same"):
+        mg.metagradient([metric] * (1 + first) if name == "metrics" else metric, *others, **options)
+
+
+def test_a_metric_of_ones_own_is_refused(ranks):
+    metric, *others = over(ranks, PROBLEMS["mlp"](2).arguments(OPTIMIZERS["sgd"]))
+    with pytest.raises(ValueError, match="metric 0 is .* on rank 0 and .* on rank 1. Every rank evaluates the whole"):
+        mg.metagradient(lambda state: (1 + ranks.rank) * metric(state), *others)
+
+
+def test_a_learning_rate_of_ones_own_is_refused(ranks):
+    arguments = over(ranks, PROBLEMS["mlp"](2).arguments(mg.optim.sgd(lr=0.1 * (1 + ranks.rank))))
+    with pytest.raises(ValueError, match="the norm of trained parameter 'a' is .* the same learning rate"):
+        mg.metagradient(*arguments)
+
+
+def test_states_of_two_ranks_in_one_folder_are_refused(ranks):
+    folder = ranks.first(tempfile.mkdtemp(), "a folder")
+    arguments = over(ranks, PROBLEMS["mlp"](2).arguments(OPTIMIZERS["sgd"]))
+    with pytest.raises(ValueError, match="several ranks keep their states in"):
+        mg.metagradient(*arguments, store=mg.DiskStore(folder))
+
+
+def test_an_infinite_loss_of_one_rank_is_named_on_all(ranks):
+    """Its gradient is finite, so that the sum of gradients does not tell."""
+
+    def loss(params, batch):
+        return (batch["x"] * params["w"]).square().sum(1) + batch["far"]
+
+    x, far = torch.ones(4, 2), torch.tensor([0.0, 0.0, 0.0, torch.inf])
+    batches = ranks.part([{"x": x, "far": far, "index": torch.arange(4)}])
+    step = mg.TrainStep(mg.weighted(loss), mg.optim.sgd(lr=0.1), ranks=ranks)
+    with pytest.raises(mg.NonFiniteError, match="not finite at step 0"):
+        mg.metagradient(
+            lambda state: state.params["w"].sum(), step, {"w": torch.ones(2)}, batches, {"weights": torch.ones(4)}
+        )
+
+
+def test_counts_that_differ_are_refused(ranks):
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2))
+            self.register_buffer("seen", torch.tensor(0))
+
+        def forward(self, x):
+            self.seen += 1 + ranks.rank
+            return (x * self.weight).square().sum(1)
+
+    model = Counting()
+    step = mg.TrainStep(
+        mg.weighted(lambda params, batch: torch.func.functional_call(model, params, (batch["x"],))),
+        mg.optim.sgd(lr=0.1),
+        ranks=ranks,
+    )
+    batches = ranks.part([{"x": torch.ones(4, 2), "index": torch.arange(4)}])
+    with pytest.raises(ValueError, match="the buffers after step 0 differ"):
+        mg.metagradient(lambda state: state.params["weight"].sum(), step, model, batches, {"weights": torch.ones(4)})
+
+
+def test_a_scalar_loss_is_refused(ranks):
+    step = mg.TrainStep(
+        lambda params, batch, meta: (batch["x"] * params["w"]).mean(), mg.optim.sgd(lr=0.1), ranks=ranks
+    )
+    with pytest.raises(ValueError, match="or several ranks ask for"):
+        mg.metagradient(
+            lambda state: state.params["w"].sum(), step, {"w": torch.ones(2)}, ranks.part([{"x": torch.ones(4, 2)}]), {}
+        )
 
 
 def test_one_ranks_error_reaches_all(ranks):

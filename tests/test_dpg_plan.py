@@ -15,6 +15,7 @@ from dpg.estimate import estimate
 from dpg.plan import calibrate as calibration
 from dpg.plan import graphs
 from dpg.plan.advice import changes, verdict
+from dpg.plan.command import _speed
 from dpg.plan.inputs import of_parts
 from dpg.plan.ledger import Ledger
 from dpg.plan.lines import product, readable
@@ -321,8 +322,14 @@ def test_a_preset_is_planned_without_its_models(monkeypatch):
 def test_amounts_of_memory():
     assert parsed_bytes("80GB") == 80 * 10**9 and parsed_bytes("24 GiB") == 24 * 2**30
     assert parsed_bytes("500m") == 500 * 10**6 and parsed_bytes("1.5GiB") == 3 * 2**29
-    with pytest.raises(ValueError, match="'plenty' is no amount of memory"):
-        parsed_bytes("plenty")
+    for text in ("plenty", "80"):  # Bytes, gigabytes?
+        with pytest.raises(ValueError, match=f"'{text}' is no amount of memory"):
+            parsed_bytes(text)
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="share is 0.0"):
+        _speed((1e12, 0.0, None), None, None, None)
     assert product("", 3, 1_000, over=7).bytes == math.ceil(12_000 / 7)
 
 

@@ -162,6 +162,15 @@ def test_rewards_that_come_too_late_go_to_no_other_batch_of_the_name():
     assert barrier.finish(barrier.next_whole(), RICH, 4.6).outcome == RICH
 
 
+def test_a_finished_batch_has_the_size_that_it_had():
+    barrier = Barrier(Limits())
+    sent(barrier, "x", *IDS)
+    barrier.finish(barrier.next_whole(), RICH, 1.0)
+    with pytest.raises(Refused, match="batch x had .*, but this request says") as refused:
+        sent(barrier, "x", *IDS, now=2.0, size=len(IDS) + 2)
+    assert refused.value.kind == "conflict"
+
+
 def test_closing_gives_up_every_open_batch():
     barrier = Barrier(Limits())
     sent(barrier, "x", "a1")

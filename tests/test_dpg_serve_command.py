@@ -23,6 +23,7 @@ from dpg.build import build_reward
 from dpg.preset import load
 from dpg.serve import config
 from dpg.serve.app import STATUS
+from dpg.serve.command import printable
 from dpg.serve.limits import Limits
 from dpg.serve.server import listen, read_token, refuse_strangers, url_of
 
@@ -84,6 +85,10 @@ def test_a_token_comes_from_a_file_or_the_environment(tmp_path, monkeypatch):
     assert read_token(tmp_path / "token") == SECRET and read_token(None) == "x" * 16
     monkeypatch.delenv("DPG_REWARD_TOKEN")
     assert read_token(None) is None
+
+
+def test_names_of_clients_cannot_write_on_the_terminal():
+    assert printable("λ \x1b[31mred\nserving") == "\\u03bb \\x1b[31mred\\nserving"
 
 
 def test_a_port_that_is_taken(refused):

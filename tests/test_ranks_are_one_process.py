@@ -129,6 +129,50 @@ def test_a_rank_that_hangs_is_named_in_time(tmp_path):
     assert "rank 1 has ended or does not answer" in (tmp_path / "hanging-error-0").read_text()
 
 
+def unreadable(rank: int, place: Path) -> None:
+    """A run of two in which the second rank cannot read its last batch, and does not end."""
+    _ranks.GRACE = 0.5
+    dist.init_process_group("gloo", init_method=f"file://{place}/meeting", rank=rank, world_size=2)
+    ranks = mg.distributed.start(timeout=5)
+
+    class Batches:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, step):
+            if rank == 1 and step == 2 and read:
+                raise OSError("the disk is on fire")
+            read.extend([step] if step == 2 else [])
+            return {"x": torch.ones(2, 2), "index": torch.arange(2)}
+
+    read: list[int] = []
+    step = mg.TrainStep(mg.weighted(lambda p, batch: batch["x"] @ p["w"]), mg.optim.sgd(lr=0.1), ranks=ranks)
+    try:
+        mg.metagradient(
+            lambda state: state.params["w"].sum(), step, {"w": torch.ones(2)}, Batches(), {"weights": torch.ones(2)}
+        )
+    except Exception as error:
+        (place / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+    time.sleep(3 if rank == 1 else 0)
+    os._exit(0)
+
+
+def test_the_message_of_a_rank_that_failed_reaches_the_others(tmp_path):
+    assert finish([forked(unreadable, rank, tmp_path) for rank in range(2)]) == [0, 0]
+    assert (tmp_path / "error-1").read_text() == "OSError: the disk is on fire"
+    assert "rank 1 failed with OSError: the disk is on fire" in (tmp_path / "error-0").read_text()
+
+
+def test_files_of_one_rank_that_are_lost_cost_the_others_nothing(tmp_path):
+    assert finish(start(2, tmp_path, "whole")) == [0, 0]
+    left = {path.name for path in (tmp_path / "run" / "rank-0-of-2").iterdir()}
+    (tmp_path / "run" / "rank-1-of-2").rename(tmp_path / "elsewhere")
+    assert finish(start(2, tmp_path, "again")) == [1, 1]
+    for rank in range(2):
+        assert "rank 1 has no files of this run" in (tmp_path / f"again-error-{rank}").read_text()
+    assert {path.name for path in (tmp_path / "run" / "rank-0-of-2").iterdir()} == left
+
+
 def test_another_number_of_ranks_is_refused(tmp_path):
     assert finish(start(2, tmp_path, "two")) == [0, 0]
     assert finish(start(3, tmp_path, "three")) == [1, 1, 1]

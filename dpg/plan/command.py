@@ -112,4 +112,4 @@ def _speed(given: tuple[Rate, Rate, Rate], device: Name, save: Path | None, cons
         if save is not None:
             measured.save(save)
         return measured
-    return None if flops is None else Speed(flops, share or ASSUMED_SHARE, bandwidth)
+    return None if flops is None else Speed(flops, ASSUMED_SHARE if share is None else share, bandwidth)

@@ -13,7 +13,7 @@ from dpg.plan.shape import named_shape
 from dpg.plan.workload import Devices, HeldOut, Inner, Workload, Writer
 from dpg.preset import load, parse
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 OF_A_RUN = ("slots", "states")
 """Options that a run has no setting for, and that may stand beside an experiment."""
 
@@ -114,7 +114,7 @@ def parsed_bytes(text: str) -> int:
     Raises:
         ValueError: for anything else.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?", text.strip().lower())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)b?", text.strip().lower())
     if found is None:
         raise ValueError(f"{text!r} is no amount of memory. Pass one as 80GB (10⁹ bytes each) or 24GiB (2³⁰).")
     return int(float(found[1]) * UNITS[found[2]])

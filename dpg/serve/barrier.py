@@ -144,6 +144,8 @@ class Barrier:
                 yield batch, Failure("overdue", text)
 
     def _refuse_strangers(self, order: Order, done: Done) -> None:
+        if order.shape != done.shape:
+            raise Refused("conflict", f"batch {done.key} had {done.shape}, but this request says {order.shape}.")
         for sample in order.samples.values():
             if sample.id in done.digests:
                 _refuse_another(done.key, sample, done.digests[sample.id])

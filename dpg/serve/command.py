@@ -84,14 +84,19 @@ def _reporter(out: Path | None) -> Callable[[Done], None]:
 
     def report(done: Done) -> None:
         try:
-            print(line_of(done), flush=True)
+            print(printable(line_of(done)), flush=True)
             if out is not None:
                 with (out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record(done)) + "\n")
         except OSError as error:  # A full disk, or a closed terminal, must not cost a trainer its rewards.
-            print(f"dpg serve: batch {done.key} could not be reported: {error}", file=sys.stderr, flush=True)
+            print(printable(f"dpg serve: batch {done.key} could not be reported: {error}"), file=sys.stderr, flush=True)
 
     return report
+
+
+def printable(line: str) -> str:
+    """`line` for any terminal: what is not plain ASCII is escaped, since names come from clients."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line).encode("ascii", "backslashreplace").decode()
 
 
 def line_of(done: Done) -> str:
