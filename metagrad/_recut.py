@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metagrad._claim import claim, locked
 from metagrad._exchange import rows
-from metagrad._files import Blueprint, read_tree, sync_folder, write_tree
+from metagrad._files import REMEDY, Blueprint, read_tree, sync_folder, write_tree
 from metagrad._fingerprint import Fingerprint
 from metagrad._ranks import Ranks
 from metagrad._rows import Memory
@@ -107,7 +107,11 @@ def _refuse_other_run(old: Sequence[Path], fingerprint: Fingerprint) -> None:
             f"{old[0].parent} holds no {missing[0]} here. To go on with another number of ranks, all must see the "
             "folders of the earlier ones: copy them to one place."
         )
-    found = json.loads((old[0] / "run.json").read_bytes())
+    path = old[0] / "run.json"
+    try:
+        found = dict(json.loads(path.read_bytes()))
+    except ValueError as error:
+        raise ResumeError(f"{path} is damaged: it is no JSON any more. {REMEDY}") from error
     for part, value in fingerprint.items():
         own = part.startswith(("batches[", "metric ", "state.params[", "state.optimizer.optimizer"))
         if not own and found.get(part) != value:

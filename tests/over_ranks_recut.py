@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 4 -m pytest tests/over_ranks_recut.py
 
-`tests/test_ranks_are_one_process.py` does that, also with 2.
+`tests/test_ranks_are_one_process.py` does that.
 """
 
 from dataclasses import replace

@@ -28,9 +28,8 @@ KINDS = [(2, False), (3, False), (3, True)]  # numbers of ranks, and whether the
     [
         ("over_ranks.py", 2, "mlp or llama or not gradients"),
         ("over_ranks.py", 4, "mlp or not gradients"),
-        ("over_ranks_sharded.py", 2, "mlp or not gradients"),
+        ("over_ranks_sharded.py", 2, "(mlp and (adamw or clipped or groups)) or not gradients"),
         ("over_ranks_sharded.py", 4, "(mlp and adamw) or not gradients"),
-        ("over_ranks_recut.py", 2, ""),
         ("over_ranks_recut.py", 4, ""),
     ],
 )
