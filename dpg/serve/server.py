@@ -74,10 +74,12 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ValueError: if it is taken, or not this machine's.
     """
+    if not 0 <= port < 2**16:  # Asked of no socket, which would be left open.
+        raise ValueError(f"cannot listen on {host}, port {port}: ports are 0 to 65535. Choose another --port.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(f"cannot listen on {host}, port {port}: {error}. Choose another --host or --port.") from error
 
 
