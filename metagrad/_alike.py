@@ -2,9 +2,10 @@
 
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isclose
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,11 +26,9 @@ def refuse_unequal(ranks: Ranks, settings: Mapping[str, object]) -> None:
     Raises:
         ValueError: naming it, and a rank that has another.
     """
-    found = ranks.gathered(dict(settings), "the settings of the run")
-    for rank, others in enumerate(found):
-        for name, value in others.items():
-            if value != found[0][name]:
-                raise ValueError(f"{name} is {found[0][name]} on rank 0 and {value} on rank {rank}. Pass the same.")
+    for name, first, rank, value in _beside_the_first(ranks, settings, "the settings of the run"):
+        if value != first:
+            raise ValueError(f"{name} is {first} on rank 0 and {value} on rank {rank}. Pass the same.")
 
 
 def refuse_shared_folder(ranks: Ranks, store: Store | None) -> None:
@@ -62,15 +61,20 @@ def alike(ranks: Ranks, objective: Objective, num_steps: int, whole: bool) -> Te
             _refuse_apart(ranks, named, "Give every rank the same learning rate, loss and settings of the step.")
         found = objective.at(state)
         values = {f"metric {k}": float(term.value) for k, term in enumerate(found) if term is not None}
-        _refuse_apart(ranks, values, "Every rank evaluates the whole metric, on the same examples.")
+        if values:  # At the same states on all ranks, as `refuse_unequal` has seen.
+            _refuse_apart(ranks, values, "Every rank evaluates the whole metric, on the same examples.")
         return found
 
     return at
 
 
 def _refuse_apart(ranks: Ranks, numbers: Mapping[str, float], advice: str) -> None:
-    found = ranks.gathered(dict(numbers), "what is to be the same on all ranks")
-    for rank, others in enumerate(found):
-        for name, value in others.items():
-            if not isclose(value, found[0][name], rel_tol=APART, abs_tol=1e-30):
-                raise ValueError(f"{name} is {found[0][name]:g} on rank 0 and {value:g} on rank {rank}. {advice}")
+    for name, first, rank, value in _beside_the_first(ranks, numbers, "what is to be the same on all ranks"):
+        if not isclose(value, first, rel_tol=APART, abs_tol=1e-30):
+            raise ValueError(f"{name} is {first:g} on rank 0 and {value:g} on rank {rank}. {advice}")
+
+
+def _beside_the_first(ranks: Ranks, own: Mapping[str, Any], what: str) -> Iterator[tuple[str, Any, int, Any]]:
+    """By name what rank 0 has, and what each rank has."""
+    found = ranks.gathered(dict(own), what)
+    return ((name, found[0][name], rank, value) for rank, others in enumerate(found) for name, value in others.items())

@@ -114,6 +114,7 @@ def metagradient(
     terms: Terms = objective.at
     if run.ranks is not None:
         settings = {"the number of metrics": len(objective.terms), "`schedule`": repr(schedule)}
+        settings["the states that each metric reads"] = [sorted(steps) for steps in objective.terms]
         settings |= {"`wrt_params`": wrt_params, "whether there is a `resume`": resume is not None}
         refuse_unequal(run.ranks, settings)
         refuse_shared_folder(run.ranks, store)

@@ -127,18 +127,20 @@ def test_what_differs_between_ranks_is_refused(ranks):
         mg.metagradient(metric, step, params, fewer, meta)
 
 
-@pytest.mark.parametrize("name", ["metrics", "wrt_params", "schedule", "resume"])
+@pytest.mark.parametrize("name", ["metrics", "states", "wrt_params", "schedule", "resume"])
 def test_settings_that_differ_are_refused(ranks, name, tmp_path):
     metric, *others = over(ranks, PROBLEMS["mlp"](2).arguments(OPTIMIZERS["sgd"]))
     first = ranks.rank == 0
     options = {
         "metrics": {},
+        "states": {},
         "wrt_params": {"wrt_params": first},
         "schedule": {"schedule": mg.Binomial(1 if first else 2)},
         "resume": {"resume": tmp_path if first else None},
     }[name]
     with pytest.raises(ValueError, match="on rank 0 and .* on rank 1. Pass the same"):
-        mg.metagradient([metric] * (1 + first) if name == "metrics" else metric, *others, **options)
+        given = {"metrics": [metric] * (1 + first), "states": mg.Trajectory({1 + first: metric})}.get(name, metric)
+        mg.metagradient(given, *others, **options)
 
 
 def test_a_metric_of_ones_own_is_refused(ranks):
