@@ -1,6 +1,7 @@
 """Small language models in float64 whose every token is one letter, and what a student's for-loop makes of them."""
 
 import copy
+import json
 from functools import cache
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models
 from torch import Tensor
 from torch.func import functional_call
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -121,6 +123,24 @@ def written_log_probs(generator: Generator, rollouts: Rollouts, row: int) -> Ten
 def parameters(model: PreTrainedModel) -> dict[str, Tensor]:
     """A copy of a model's parameters."""
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def lines(path: Path) -> list[dict]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_seconds(run: Path) -> list[dict]:
+    """The records of a run but for their times."""
+    return [{**line, "seconds": None} for line in lines(run / "metrics.jsonl")]
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """The records but for their times, the texts, and the generator bit for bit."""
+    assert (left / "dataset.jsonl").read_bytes() == (right / "dataset.jsonl").read_bytes()
+    assert without_seconds(left) == without_seconds(right)
+    models = [AutoModelForCausalLM.from_pretrained(path / "generator") for path in (left, right)]
+    assert same_bits(*map(parameters, models))
 
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

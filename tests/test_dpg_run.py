@@ -8,7 +8,16 @@ import signal
 
 import pytest
 import torch
-from dpg_problems import TINY_RUN, parameters, same_bits, tiny_preset, tiny_run
+from dpg_problems import (
+    TINY_RUN,
+    assert_same_run,
+    lines,
+    parameters,
+    same_bits,
+    tiny_preset,
+    tiny_run,
+    without_seconds,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dpg.build
@@ -31,21 +40,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(folder):
     return tiny_run(folder)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def without_seconds(path):
-    return [{**line, "seconds": None} for line in lines(path / "metrics.jsonl")]
-
-
-def assert_same_run(left, right):
-    assert (left / "dataset.jsonl").read_bytes() == (right / "dataset.jsonl").read_bytes()
-    assert without_seconds(left) == without_seconds(right)
-    models = [AutoModelForCausalLM.from_pretrained(path / "generator") for path in (left, right)]
-    assert same_bits(*map(parameters, models))
 
 
 def test_every_promised_file_is_there(finished):

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from dpg_problems import TINY_RUN, parameters, prompt_file, same_bits, tiny_preset
+from dpg_problems import (
+    TINY_RUN,
+    assert_same_run,
+    parameters,
+    prompt_file,
+    same_bits,
+    tiny_preset,
+    without_seconds,
+)
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, get_scheduler
 from trl import GRPOTrainer
@@ -51,22 +59,11 @@ def finished(folder):
     return tiny(folder)
 
 
-def records(path):
-    return [{**json.loads(line), "seconds": None} for line in (path / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(left, right):
-    assert records(left) == records(right)
-    assert (left / "dataset.jsonl").read_bytes() == (right / "dataset.jsonl").read_bytes()
-    models = [AutoModelForCausalLM.from_pretrained(path / "generator") for path in (left, right)]
-    assert same_bits(*map(parameters, models))
-
-
 def test_the_folder_is_that_of_the_built_in_loop(finished, folder):
     run(tiny_preset(folder), folder / "builtin", engine=BuiltinEngine())
     builtin, present = ({path.name for path in (folder / name).iterdir()} for name in ("builtin", "run"))
     assert present - builtin == {"trl", "checkpoint.json"} and builtin - present == {"checkpoint.pt"}
-    found, wanted = records(finished), records(folder / "builtin")
+    found, wanted = without_seconds(finished), without_seconds(folder / "builtin")
     assert [record.keys() for record in found] == [record.keys() for record in wanted]
     assert found[0] == wanted[0]  # The untrained generator, on the same fresh texts.
     for record in found[1:]:
@@ -96,7 +93,7 @@ def test_ctrl_c_finishes_the_step_and_can_be_resumed(finished, folder, monkeypat
         patch.setattr(RunFolder, "record", record)
         with pytest.raises(Interrupted, match=f"stopped after step {step} of 2; nothing is lost"):
             tiny(folder, name, checkpoint_every=2)
-    assert len(records(folder / name)) == step + 1
+    assert len(without_seconds(folder / name)) == step + 1
     assert_same_run(tiny(folder, name, resume=True, checkpoint_every=2), finished)
 
 
@@ -117,9 +114,9 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(finished
 
 
 def test_a_finished_run_can_be_resumed_in_vain(finished, folder):
-    before = (finished / "dataset.jsonl").read_bytes(), records(finished)
+    before = (finished / "dataset.jsonl").read_bytes(), without_seconds(finished)
     tiny(folder, resume=True)
-    assert before == ((finished / "dataset.jsonl").read_bytes(), records(finished))
+    assert before == ((finished / "dataset.jsonl").read_bytes(), without_seconds(finished))
 
 
 def test_adapters_are_trained_and_resumed(folder, monkeypatch):
@@ -133,7 +130,7 @@ def test_adapters_are_trained_and_resumed(folder, monkeypatch):
 
 def test_the_naive_reward_has_no_groups(folder):
     path = tiny(folder, "naive", reward="naive", num_steps=1)
-    assert [record["step"] for record in records(path)] == [0, 1]
+    assert [record["step"] for record in without_seconds(path)] == [0, 1]
 
 
 def test_a_chat_is_continued(folder):
@@ -149,7 +146,7 @@ def test_a_chat_is_continued(folder):
         ((role, said),) = [(message["role"], message["content"]) for message in row["prompt"]]
         assert role == "user" and any(prompt.startswith(said) for prompt in parts.prompts)
     path = tiny(folder, "chat", **chat)
-    assert records(path)[1]["num_tokens"] > 8
+    assert without_seconds(path)[1]["num_tokens"] > 8
 
 
 def test_each_step_draws_prompts_of_its_own(folder):
@@ -188,7 +185,7 @@ def test_trackers_get_our_figures_with_trls(folder):
     assert {f"train/{name}" for name in {*ours, "reward", "kl", "loss"}} <= set(found.Tags()["scalars"])
     logged = found.Scalars("train/phi")
     assert [(event.step, pytest.approx(event.value)) for event in logged] == [
-        (4 * record["step"], record["phi"]) for record in records(path)[1:]
+        (4 * record["step"], record["phi"]) for record in without_seconds(path)[1:]
     ]
 
 
@@ -305,6 +302,8 @@ def launched(folder, name, *arguments):
 def test_two_processes_write_one_folder(folder, finished):
     status, printed = launched(folder, "two")
     assert status == 0 and printed.count("finished in ") == 1, printed
-    assert [record.keys() for record in records(folder / "two")] == [record.keys() for record in records(finished)]
-    assert records(folder / "two")[0] == records(finished)[0]
+    assert [record.keys() for record in without_seconds(folder / "two")] == [
+        record.keys() for record in without_seconds(finished)
+    ]
+    assert without_seconds(folder / "two")[0] == without_seconds(finished)[0]
     assert len(verify(folder / "two")) == 3
